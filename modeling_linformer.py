@@ -1,0 +1,1053 @@
+# Copyright 2026 The Linformer founders.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Linformer: a BERT whose attention costs O(n), after Wang et al. 2020 (https://arxiv.org/abs/2006.04768).
+
+The one idea: keys and values are projected along the sequence, from N rows to k slots, before the softmax (Eq. 7):
+
+    K' = E (X W_K) + b_K        V' = F (X W_V) + b_V        head = softmax(Q K'^T / sqrt(d)) V'
+
+E and F are `LinformerProjection`, their application is `project_sequence`, the rest is a post-LayerNorm RoBERTa.
+
+What other implementations do not have:
+  - padding is exact. Pads are zeroed before every projection (`mask_padding`), and columns of E belong to positions
+    among the real tokens. A row gives the same result alone, padded left or right, with holes, in any batch.
+  - slots may be means or maxima of segments that follow the length of each row (`segment_bounds`); rows of up to k
+    tokens then get exact softmax attention.
+  - `local_window`: in the same softmax a query also attends exactly to its neighbourhood (`add_neighbourhood`).
+
+Letters: B rows in the batch, N tokens in a row, n = max_position_embeddings, k slots (projected_length), H heads,
+d head size, D = H d hidden size, G = H if the heads have projections of their own and 1 if they share, w local window.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_linformer import LinformerConfig
+
+
+class TokenLayout(NamedTuple):
+    """Where the real tokens of a batch stand; worked out once, used by every layer.
+
+    Attention sees every row in rank order: real tokens first, as they come, pads behind them.
+    """
+
+    lengths: Tensor  # (B,) or (1,), real tokens of each row
+    mask: Tensor | None = None  # (B, N), True at real tokens, in rank order; None: no pads
+    position_ids: Tensor | None = None  # (B, N), in rank order; None: the position is the rank
+    order: Tensor | None = None  # (B, N), batch slot of every rank; None: already in rank order
+    rank: Tensor | None = None  # (B, N), rank of every batch slot, the inverse of `order`
+
+
+class Slots(NamedTuple):
+    """How the N tokens of each row feed the k slots of one layer."""
+
+    E: Tensor | None  # (1 | B, G, k, N); None with max_pool, which is no linear map
+    F: Tensor | None
+    fed: Tensor  # (1 | B, G, k), False where no real token feeds the slot
+    start: Tensor | None = None  # (1 | B, G, k), the slot stands for the ranks start ... end - 1
+    end: Tensor | None = None  # None: every slot sees the whole row
+    all_fed: bool = False  # True if that is known without looking: attention then needs no mask
+
+    def cut(self, k: int) -> "Slots":
+        """The first k slots, all of which are fed."""
+        E = None if self.E is None else self.E[:, :, :k]
+        F = E if self.F is self.E or self.F is None else self.F[:, :, :k]
+        start, end = (None if bound is None else bound[..., :k] for bound in (self.start, self.end))
+        return Slots(E, F, self.fed[..., :k], start, end, all_fed=True)
+
+
+def token_mask(attention_mask: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    """The mask as booleans, True at real tokens, or None if there are no pads."""
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != shape:
+        got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise ValueError(
+            f"`attention_mask` must be a tensor of shape (batch, tokens) = {tuple(shape)}, non-zero at real tokens, "
+            f"and is {got}. Masks over pairs of tokens (3-D, 4-D) cannot work: every slot mixes all tokens of a row."
+        )
+    mask = attention_mask != 0
+    return None if not is_tracing(mask) and bool(mask.all()) else mask
+
+
+def count_tokens_before(mask: Tensor) -> Tensor:
+    """Default position ids (B, N): how many real tokens stand before each token."""
+    return (mask.cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def layout_tokens(mask: Tensor | None, position_ids: Tensor | None, N: int, device: torch.device) -> TokenLayout:
+    """Finds the rank order of a batch. position_ids (B, N) or (1, N) are the caller's, None for the default."""
+    if mask is None:
+        return TokenLayout(torch.full((1,), N, device=device), position_ids=position_ids)
+    lengths = mask.sum(dim=-1)
+    if position_ids is not None:
+        position_ids = mask_padding(position_ids.expand(mask.shape), mask)
+    if not is_tracing(mask) and bool((mask[:, 1:] <= mask[:, :-1]).all()):
+        # Padded right only, as nearly always: the batch is in rank order as it is.
+        return TokenLayout(lengths, mask, position_ids)
+    rank_of_pad = lengths[:, None] + (~mask).cumsum(dim=-1) - 1
+    rank = torch.where(mask, count_tokens_before(mask), rank_of_pad)
+    order = rank.argsort(dim=-1)
+    position_ids = None if position_ids is None else reorder(position_ids, order)
+    ordered_mask = torch.arange(N, device=device) < lengths[:, None]
+    return TokenLayout(lengths, ordered_mask, position_ids, order, rank)
+
+
+def mask_padding(states: Tensor, mask: Tensor | None) -> Tensor:
+    """Sets pads to zero, so that they add exactly nothing to a sequence projection, whatever they hold (NaN as well).
+
+    states (B, N, ...), mask (B, N) with True at real tokens, or None if there are no pads.
+    """
+    if mask is None:
+        return states
+    mask = mask.reshape(*mask.shape, *[1] * (states.dim() - 2))
+    return torch.where(mask, states, states.new_zeros(()))
+
+
+def project_sequence(states: Tensor, projection: Tensor) -> Tensor:
+    """The Linformer's idea, E X: N rows become k, each a weighted sum of them (paper, Eq. 7).
+
+    projection (..., k, N) times states (..., N, C) -> (..., k, C)
+    """
+    return torch.matmul(projection.to(states.dtype), states)
+
+
+def reorder(states: Tensor, index: Tensor | None, dim: int = 1) -> Tensor:
+    """Takes the tokens, which lie along `dim`, in the order of index (B, N); None leaves them as they are."""
+    if index is None:
+        return states
+    shape = [1] * states.dim()
+    shape[0], shape[dim] = index.shape
+    return states.gather(dim, index.view(shape).expand_as(states))
+
+
+def segment_bounds(lengths: Tensor, head_slots: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Divides the real tokens of every row over its slots: slot i stands for the ranks start[i] ... end[i] - 1.
+
+    Slot 0 is the first token's own; the other L - 1 tokens are cut, in order, into min(k, L) - 1 segments as even as
+    possible. For L <= k each slot stands for one token. Slots that are left over are empty (start = end = L).
+
+    lengths (B,), head_slots (G, 1) with at most k slots -> start, end (B, G, k)
+    """
+    lengths = lengths[:, None, None]
+    segments = (torch.minimum(lengths, head_slots) - 1).clamp(min=1)
+    tokens = (lengths - 1).clamp(min=0)
+    # Boundary i of m tokens in s segments is ceil(i m / s).
+    index = torch.arange(-1, k, device=lengths.device)
+    bounds = 1 + torch.div(index * tokens + segments - 1, segments, rounding_mode="floor")
+    bounds = torch.where(index < 0, 0, torch.minimum(bounds, lengths))
+    return bounds[..., :-1], bounds[..., 1:]
+
+
+def segment_means(start: Tensor, end: Tensor, num_tokens: int) -> Tensor:
+    """The E of mean pooling: row i averages the tokens start[i] ... end[i] - 1. (B, G, k) -> (B, G, k, N)"""
+    rank = torch.arange(num_tokens, device=start.device)
+    member = (start[..., None] <= rank) & (rank < end[..., None])
+    return member / (end - start).clamp(min=1)[..., None]
+
+
+def segment_maxima(states: Tensor, end: Tensor) -> Tensor:
+    """Maximum over every segment, in place of a sequence projection. Empty slots get 0.
+
+    states (B, H, N, d) in rank order, end (1 | B, G, k) -> (B, H, k, d)
+    """
+    B, H, N, d = states.shape
+    k = end.shape[-1]
+    # The slot of a token is the number of slots that end before it; pads come out at k, a slot that is thrown away.
+    slot = (end[..., None] <= torch.arange(N, device=end.device)).sum(dim=-2)  # (1 | B, G, N)
+    slot = slot[..., None].expand(B, H, N, d)
+    maxima = states.new_zeros(B, H, k + 1, d).scatter_reduce(2, slot, states, "amax", include_self=False)
+    return maxima[:, :, :k]
+
+
+def fit_projection(projection: Tensor, k: int, position_ids: Tensor | None, N: int) -> Tensor:
+    """The first k rows of E, and the columns that belong to the tokens' positions: (G, ., n) -> (1 | B, G, k, N)"""
+    if position_ids is None:
+        return projection[None, :, :k, :N]
+    return projection[:, :k, position_ids].permute(2, 0, 1, 3)
+
+
+def fed_by_convolution(layout: TokenLayout, stride: Tensor, k: int, N: int) -> Tensor:
+    """Whether slot i has a real token at one of the positions i stride ... (i + 1) stride - 1: (1 | B, G, k)"""
+    slot = torch.arange(k, device=stride.device)[:, None]
+    position = torch.arange(N, device=stride.device)[None] if layout.position_ids is None else layout.position_ids
+    feeds = (position[:, None] // stride)[:, :, None] == slot  # (1 | B, G, k, N)
+    return (feeds if layout.mask is None else feeds & layout.mask[:, None, None]).any(dim=-1)
+
+
+def first_token(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
+    """The first real token of each row: (B, N, D) -> (B, D)"""
+    if mask is None:
+        return hidden_states[:, 0]
+    first = mask.int().argmax(dim=-1)[:, None, None].expand(-1, 1, hidden_states.shape[-1])
+    return hidden_states.gather(1, first)[:, 0]
+
+
+def mean_of_tokens(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean over the real tokens of each row: (B, N, D) -> (B, D); 0 for a row without any."""
+    if mask is None:
+        return hidden_states.mean(dim=1)
+    count = mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return mask_padding(hidden_states, mask).sum(dim=1) / count
+
+
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where visible, -inf elsewhere."""
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, -math.inf)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[Tensor, Tensor]:
+    """query (B, H, N, d), key and value (B, H, k, d) -> output (B, N, H, d), probabilities (B, H, N, k)"""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probabilities = functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    probabilities = functional.dropout(probabilities, p=dropout, training=module.training)
+    return torch.matmul(probabilities, value).transpose(1, 2), probabilities
+
+
+class LinformerEmbeddings(nn.Module):
+    def __init__(self, config: LinformerConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(mask_padding(input_ids, mask))
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(position_ids)
+        embeddings = mask_padding(inputs_embeds, mask)  # (B, N, D)
+        embeddings = embeddings + self.position_embeddings(position_ids)
+        embeddings = embeddings + self.token_type_embeddings(mask_padding(token_type_ids, mask))
+        return self.dropout(self.norm(embeddings))
+
+
+class LinformerProjection(nn.Module):
+    """The matrices E and F of one layer or, with layerwise sharing, of the whole model (paper, section 4).
+
+    Parameters (G, k, n). With `random` they are buffers: saved, not learned. With `convolution` they are its kernels,
+    (G, stride) with stride = ceil(n / k), the longest if heads differ.
+    """
+
+    def __init__(self, config: LinformerConfig, slots_per_head: list[int]):
+        super().__init__()
+        n = config.max_position_embeddings
+        self.slots_per_head = slots_per_head
+        self.strides = [-(-n // k) for k in slots_per_head] if config.projection_type == "convolution" else None
+        groups = config.num_attention_heads if config.projection_sharing == "none" else 1
+        shape = (groups, max(slots_per_head), n) if self.strides is None else (groups, max(self.strides))
+        new_matrix = nn.Buffer if config.projection_type == "random" else nn.Parameter
+        self.n = n
+        self.E = new_matrix(torch.empty(shape))
+        self.F = None if config.projection_sharing in ("key_value", "layerwise") else new_matrix(torch.empty(shape))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """E and F as matrices (G, k, n); the same tensor twice if keys and values share it."""
+        E = self.E if self.strides is None else self.unroll(self.E)
+        if self.F is None:
+            return E, E
+        return E, self.F if self.strides is None else self.unroll(self.F)
+
+    def unroll(self, kernel: Tensor) -> Tensor:
+        """Convolution with kernel = stride as a matrix: E[i, p] = kernel[p mod stride] if p // stride = i, else 0."""
+        position = torch.arange(self.n, device=kernel.device)
+        stride = torch.tensor(self.strides, device=kernel.device)[:, None]
+        slot = torch.arange(max(self.slots_per_head), device=kernel.device)[:, None]
+        taps = (position % stride).expand(kernel.shape[0], -1)  # (G, n)
+        feeds = (position // stride)[:, None] == slot  # (1 | G, k, n)
+        return torch.where(feeds, kernel.gather(1, taps)[:, None], kernel.new_zeros(()))
+
+    def segment_mean(self) -> Tensor:
+        """Weights with which slot i averages its share of the n positions, to start from."""
+        if self.strides is not None:
+            return 1 / torch.tensor(self.strides)[:, None]
+        slots = torch.tensor(self.slots_per_head)[:, None]
+        share = torch.arange(self.n) * slots // self.n  # (1 | H, n)
+        member = share[:, None] == torch.arange(max(self.slots_per_head))[:, None]  # (1 | H, k, n)
+        return member / member.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+class LinformerSelfAttention(nn.Module):
+    """Linear attention: N queries, k slots and, with `local_window`, an exact neighbourhood (Eq. 7)."""
+
+    def __init__(self, config: LinformerConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.slots_per_head = config.slots_per_head(layer_idx)
+        self.num_slots = max(self.slots_per_head)
+        # Called without a mask, attention interfaces take a module for a decoder unless it says otherwise.
+        self.is_causal = False
+
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+        has_own_projection = not config.uses_pooling and config.projection_sharing != "layerwise"
+        self.projection = LinformerProjection(config, self.slots_per_head) if has_own_projection else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        layout: TokenLayout,
+        shared_projection: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states (B, N, D) -> output (B, N, D), attention probabilities (B, H, N, keys) if `eager`"""
+        B, N, D = hidden_states.shape
+        states = mask_padding(reorder(hidden_states, layout.order), layout.mask)
+
+        E, F = (shared_projection, shared_projection) if self.projection is None else self.projection()
+        slots = self.build_slots(E, F, layout, N)
+        query = self.split_heads(self.query(states))  # (B, H, N, d)
+        key, value = self.project_keys_and_values(states, slots)  # (B, H, k, d)
+        slots_in_use = key.shape[2]
+        if self.config.local_window:
+            query, key, value, bias = self.add_neighbourhood(query, key, value, states, slots, layout)
+        else:
+            bias = self.slot_bias(slots, query)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        context, probabilities = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            bias,
+            scaling=self.scaling,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            **kwargs,
+        )
+        # With a neighbourhood, the blocks of a row lie one after the other: (B M, w, H, d) -> (B, M w, D) -> (B, N, D)
+        context = context.reshape(B, -1, D)[:, :N]
+        if probabilities is not None:
+            probabilities = self.arrange_probabilities(probabilities, slots_in_use, layout, B, N)
+        return self.output(reorder(context, layout.rank)), probabilities
+
+    def split_heads(self, states: Tensor) -> Tensor:
+        """(B, N, D) -> (B, H, N, d)"""
+        return states.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+    def build_slots(self, E: Tensor | None, F: Tensor | None, layout: TokenLayout, N: int) -> Slots:
+        """Fits E and F (G, k, n) to this layer's k and to the tokens of this batch."""
+        config, k, n, device = self.config, self.num_slots, self.config.max_position_embeddings, layout.lengths.device
+        uniform = len(self.slots_per_head) == 1
+        head_slots = torch.tensor(self.slots_per_head, device=device)[:, None]  # (1 | H, 1)
+        start, end = segment_bounds(layout.lengths, head_slots, k)
+        if config.uses_pooling:
+            means = segment_means(start, end, N) if config.projection_type == "mean_pool" else None
+            slots = Slots(means, means, end > start, start, end)
+        else:
+            fitted_E = fit_projection(E, k, layout.position_ids, N)
+            fitted_F = fitted_E if F is E else fit_projection(F, k, layout.position_ids, N)
+            if config.projection_type == "convolution":
+                slots = Slots(fitted_E, fitted_F, fed_by_convolution(layout, -(-n // head_slots), k, N))
+            else:
+                fed = torch.arange(k, device=device) < head_slots
+                slots = Slots(fitted_E, fitted_F, fed[None], all_fed=uniform)
+        if config.exact_short_sequences:
+            # The segments of a row of up to k tokens are its tokens, and their means the identity.
+            short = layout.lengths[:, None, None] <= head_slots  # (1 | B, G, 1)
+            identity = segment_means(start, end, N)
+            slots = Slots(
+                E=torch.where(short[..., None], identity, slots.E),
+                F=torch.where(short[..., None], identity, slots.F),
+                fed=torch.where(short, end > start, slots.fed),
+                start=start,
+                # The slots of a longer row see all of it: they end in no neighbourhood.
+                end=torch.where(short, end, torch.iinfo(end.dtype).max),
+            )
+
+        # If every row has N tokens, the number of slots in use is known: attention gets only these, and no mask.
+        # An exported graph has to hold for every N, so it keeps all slots, masked.
+        no_pads = layout.mask is None and layout.position_ids is None
+        if no_pads and uniform and not torch.compiler.is_exporting():
+            return slots.cut(self.num_slots_in_use(N))
+        return slots
+
+    def num_slots_in_use(self, N: int) -> int:
+        if self.config.uses_pooling or (self.config.exact_short_sequences and N <= self.num_slots):
+            return min(self.num_slots, N)
+        if self.config.projection_type == "convolution":
+            stride = -(-self.config.max_position_embeddings // self.num_slots)
+            return -(-N // stride)
+        return self.num_slots
+
+    def project_keys_and_values(self, states: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
+        """K' = E (X W_K) + b_K and V' = F (X W_V) + b_V: states (B, N, D) -> two of (B, H, k, d)."""
+        E, F = slots.E, slots.F
+        if E is None or F is None:
+            # The paper takes the maximum of X W. A bias is the same for all tokens and may be added before.
+            key, value = self.split_heads(self.key(states)), self.split_heads(self.value(states))
+            return segment_maxima(key, slots.end), segment_maxima(value, slots.end)
+        if E.shape[1] == 1:
+            # Shared by all heads: E (X W) + b == (E X) W + b, and the linears run on k rows instead of N.
+            EX = project_sequence(states, E[:, 0])
+            FX = EX if F is E else project_sequence(states, F[:, 0])
+            return self.split_heads(self.key(EX)), self.split_heads(self.value(FX))
+        # Taking the bias off again, instead of calling the linear without it, keeps adapters (LoRA) on it at work.
+        key_bias, value_bias = (
+            self.split_heads(self.key.bias[None, None]),
+            self.split_heads(self.value.bias[None, None]),
+        )
+        key = project_sequence(self.split_heads(self.key(states)) - key_bias, E) + key_bias
+        value = project_sequence(self.split_heads(self.value(states)) - value_bias, F) + value_bias
+        return key, value
+
+    def slot_bias(self, slots: Slots, query: Tensor) -> Tensor | None:
+        """-inf at slots that no real token feeds: (1 | B, G, 1, k), or None if all are known to be fed."""
+        if slots.all_fed:
+            return None
+        # A row without any real token attends to its first slot, which is finite, and not to nothing, which is NaN.
+        nothing = ~slots.fed.any(dim=-1, keepdim=True)
+        first = torch.arange(slots.fed.shape[-1], device=query.device) == 0
+        return additive_mask(slots.fed | (nothing & first), query.dtype)[:, :, None]
+
+    def add_neighbourhood(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        states: Tensor,
+        slots: Slots,
+        layout: TokenLayout,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Makes every block of w queries an attention of its own, over the slots and its exact neighbourhood.
+
+        The keys of a block are the k slots, the first real token, and the tokens of the block and of its neighbours;
+        a token that several of them hold counts once. A slot that stands for c tokens weighs as much as c tokens do,
+        by log(c) on its scores. With M = ceil(N / w) blocks the cost is O(N (k + 3 w)).
+
+        query (B, H, N, d), key and value (B, H, k, d), states (B, N, D) -> query (B M, H, w, d), key and value
+        (B M, H, k + 1 + 3 w, d), bias (B M, G, 1, k + 1 + 3 w)
+        """
+        w, N = self.config.local_window, query.shape[2]
+        M = -(-N // w)
+        key = self.join_keys(key, self.split_heads(self.key(states)), M)
+        value = self.join_keys(value, self.split_heads(self.value(states)), M)
+        query = functional.pad(query, (0, 0, 0, M * w - N)).unflatten(2, (M, w))  # (B, H, M, w, d)
+        query = query.transpose(1, 2).flatten(0, 1)
+
+        block_start = (torch.arange(M, device=query.device) - 1)[
+            :, None
+        ] * w  # (M, 1), first rank of the neighbourhood
+        rank = block_start + torch.arange(3 * w, device=query.device)  # (M, 3 w)
+        # Rank 0 has a key of its own in every block.
+        sees_token = (rank > 0) & (rank < layout.lengths[:, None, None])  # (1 | B, M, 3 w)
+        sees_slot = slots.fed[:, None].expand(-1, M, -1, -1)  # (1 | B, M, G, k)
+        slot_weight = torch.zeros_like(sees_slot, dtype=query.dtype)
+        if slots.start is not None and slots.end is not None:
+            start, end = slots.start[:, None], slots.end[:, None]  # (1 | B, 1, G, k)
+            covered = (end <= 1) | ((start >= block_start[..., None]) & (end <= block_start[..., None] + 3 * w))
+            sees_slot = sees_slot & ~covered
+            if self.config.uses_pooling:
+                slot_weight = slot_weight + (end - start).clamp(min=1).log().to(query.dtype)
+
+        B, G = query.shape[0] // M, sees_slot.shape[2]
+        sees_first = torch.ones_like(sees_token[..., :1])
+        sees_exactly = torch.cat([sees_first, sees_token], dim=-1)[:, :, None]  # (1 | B, M, 1, 1 + 3 w)
+        bias = torch.cat(
+            [
+                (additive_mask(sees_slot, query.dtype) + slot_weight).expand(B, -1, -1, -1),
+                additive_mask(sees_exactly, query.dtype).expand(B, -1, G, -1),
+            ],
+            dim=-1,
+        )  # (B, M, G, k + 1 + 3 w)
+        return query, key, value, bias.flatten(0, 1)[:, :, None]
+
+    def join_keys(self, slots: Tensor, tokens: Tensor, M: int) -> Tensor:
+        """What every block attends to: slots (B, H, k, d), tokens (B, H, N, d) -> (B M, H, k + 1 + 3 w, d)."""
+        w, N = self.config.local_window, tokens.shape[2]
+        blocks = functional.pad(tokens, (0, 0, w, (M + 1) * w - N))  # (B, H, (M + 2) w, d)
+        blocks = blocks.unfold(2, 3 * w, w).permute(0, 2, 1, 4, 3)  # (B, M, H, 3 w, d), a view
+        for_all = torch.cat([slots, tokens[:, :, :1]], dim=2)[:, None].expand(-1, M, -1, -1, -1)
+        return torch.cat([for_all, blocks], dim=3).flatten(0, 1)
+
+    def arrange_probabilities(
+        self, probabilities: Tensor, slots_in_use: int, layout: TokenLayout, B: int, N: int
+    ) -> Tensor:
+        """Gives the probabilities the shape (B, H, N, k) or (B, H, N, k + 1 + 3 w), queries in the batch's order."""
+        if self.config.local_window:
+            # (B M, H, w, keys) -> (B, H, M w, keys)
+            probabilities = probabilities.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)[:, :, :N]
+        slots, exact = probabilities.tensor_split([slots_in_use], dim=-1)
+        slots = functional.pad(slots, (0, self.num_slots - slots_in_use))
+        return reorder(torch.cat([slots, exact], dim=-1), layout.rank, dim=2)
+
+
+class LinformerMLP(nn.Module):
+    def __init__(self, config: LinformerConfig):
+        super().__init__()
+        self.chunk_size = config.chunk_size_feed_forward
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if not self.chunk_size:
+            return self.feed_forward(hidden_states)
+        return torch.cat([self.feed_forward(chunk) for chunk in hidden_states.split(self.chunk_size, dim=1)], dim=1)
+
+    def feed_forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down(self.activation(self.up(hidden_states)))
+
+
+class LinformerLayer(GradientCheckpointingLayer):
+    def __init__(self, config: LinformerConfig, layer_idx: int):
+        super().__init__()
+        self.attention = LinformerSelfAttention(config, layer_idx)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = LinformerMLP(config)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        layout: TokenLayout,
+        shared_projection: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Tensor:
+        attended, _ = self.attention(hidden_states, layout, shared_projection, **kwargs)
+        hidden_states = self.attention_norm(hidden_states + self.dropout(attended))
+        return self.mlp_norm(hidden_states + self.dropout(self.mlp(hidden_states)))
+
+
+class LinformerPooler(nn.Module):
+    def __init__(self, config: LinformerConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
+        return torch.tanh(self.dense(first_token(hidden_states, mask)))
+
+
+def head_dropout(config: LinformerConfig) -> nn.Dropout:
+    rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+    return nn.Dropout(rate)
+
+
+class LinformerClassificationHead(nn.Module):
+    """Pooling, a dense layer with tanh, and the output layer; with `cls`, BERT's pooler and classifier."""
+
+    def __init__(self, config: LinformerConfig, num_labels: int):
+        super().__init__()
+        self.pooling = config.classifier_pooling
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = head_dropout(config)
+        self.output = nn.Linear(config.hidden_size, num_labels)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """hidden_states (B, N, D), attention_mask (B, N) -> logits (B, num_labels)"""
+        mask = token_mask(attention_mask, hidden_states.shape[:2])
+        pool = first_token if self.pooling == "cls" else mean_of_tokens
+        pooled = torch.tanh(self.dense(self.dropout(pool(hidden_states, mask))))
+        return self.output(self.dropout(pooled))
+
+
+class LinformerLMHead(nn.Module):
+    def __init__(self, config: LinformerConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.decoder(self.norm(self.activation(self.dense(hidden_states))))
+
+
+class LinformerPreTrainedModel(PreTrainedModel):
+    """Initialisation of all weights, and what this model can do, for [`PreTrainedModel`]."""
+
+    config: LinformerConfig
+    config_class = LinformerConfig
+    base_model_prefix = "linformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LinformerEmbeddings", "LinformerLayer"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    # The ring scheme splits the sequence; a sequence projection needs all of it.
+    _supports_context_parallel = False
+    _can_record_outputs = {"hidden_states": LinformerLayer, "attentions": LinformerSelfAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, LinformerProjection):
+            for weight in (module.E, module.F):
+                if weight is not None:
+                    self._init_projection(weight, module)
+
+    def _init_projection(self, weight: Tensor, module: LinformerProjection):
+        slots = torch.tensor(module.slots_per_head)
+        if self.config.projection_type == "random":
+            # Entries from N(0, 1/k), the variance that preserves lengths (Johnson-Lindenstrauss; paper, theorem 1).
+            init.normal_(weight)
+            init.copy_(weight, weight / slots.to(weight.device).sqrt().view(-1, 1, 1))
+        elif self.config.projection_init == "segment_mean":
+            init.copy_(weight, module.segment_mean().expand_as(weight))
+        else:
+            init.normal_(weight, std=self.config.initializer_range)
+
+
+def check_position_ids(position_ids: Tensor | None, shape: tuple[int, int], n: int):
+    if position_ids is None:
+        return
+    if position_ids.shape not in (shape, (1, shape[1])):
+        raise ValueError(
+            f"`position_ids` must have the shape {shape} or {(1, shape[1])} and have {position_ids.shape}."
+        )
+
+
+def refuse_unsupported(kwargs: dict):
+    """Refuses what a sequence projection cannot do, rather than ignore it."""
+    refused = ("encoder_hidden_states", "encoder_attention_mask", "past_key_values", "cache", "cu_seq_lens_q")
+    given = [name for name in refused if kwargs.get(name) is not None] + ["is_causal"] * bool(kwargs.get("is_causal"))
+    if given:
+        raise ValueError(
+            f"Linformer cannot take {', '.join(f'`{name}`' for name in given)}: its sequence projection mixes all "
+            "tokens of a row into every slot, so there is no causal, cached, cross or packed attention."
+        )
+
+
+class LinformerModel(LinformerPreTrainedModel):
+    """The encoder: embeddings and `num_hidden_layers` layers, without a task head.
+
+    Args:
+        config ([`LinformerConfig`]): What to build.
+        add_pooling_layer (`bool`, defaults to `True`): Whether to add a dense layer with tanh over the first real
+            token, `pooler_output`.
+    """
+
+    def __init__(self, config: LinformerConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        self.embeddings = LinformerEmbeddings(config)
+        shares_projection = not config.uses_pooling and config.projection_sharing == "layerwise"
+        most_slots = max(max(config.slots_per_head(layer_idx)) for layer_idx in range(config.num_hidden_layers))
+        self.projection = LinformerProjection(config, [most_slots]) if shares_projection else None
+        self.layers = nn.ModuleList(
+            [LinformerLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.pooler = LinformerPooler(config) if add_pooling_layer else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.embeddings.word_embeddings = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, N)`): Token ids, N <= `max_position_embeddings`.
+            attention_mask (`torch.Tensor` of shape `(B, N)`, any dtype, *optional*): Non-zero at real tokens. Pads may
+                stand anywhere and hold anything.
+            token_type_ids (`torch.Tensor` of shape `(B, N)`, *optional*): Segment of each token, 0 if not given.
+            position_ids (`torch.Tensor` of shape `(B, N)` or `(1, N)`, *optional*): Index into the position table and
+                into the columns of E; the count of real tokens before each token if not given.
+            inputs_embeds (`torch.Tensor` of shape `(B, N, D)`, *optional*): Word embeddings instead of `input_ids`.
+
+        Returns:
+            `BaseModelOutputWithPooling`: `last_hidden_state` (B, N, D), `pooler_output` (B, D) and, if asked for,
+            `hidden_states` and `attentions`. The latter need `attn_implementation="eager"` and have the shape
+            (B, H, N, k), or (B, H, N, k + 1 + 3 w) with a local window: slots, first token, three blocks.
+
+        Raises:
+            ValueError: On rows longer than n, masks that are not (B, N), positions out of range, and on arguments that
+                make no sense for an encoder with a sequence projection.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either `input_ids` or `inputs_embeds`, not both and not neither.")
+        refuse_unsupported(kwargs)
+        B, N = input_ids.shape if input_ids is not None else inputs_embeds.shape[:2]
+        if N > self.config.max_position_embeddings:
+            raise ValueError(
+                f"A row has {N} tokens and the model takes at most n = {self.config.max_position_embeddings} "
+                "(`max_position_embeddings`). Truncate (`tokenizer(..., truncation=True, max_length=n)`), split the "
+                "text, or use a model with a larger n."
+            )
+        if input_ids is not None:
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+        device = input_ids.device if input_ids is not None else inputs_embeds.device
+        mask = token_mask(attention_mask, (B, N))
+        check_position_ids(position_ids, (B, N), self.config.max_position_embeddings)
+
+        layout = layout_tokens(mask, position_ids, N, device)
+        if position_ids is None:
+            position_ids = torch.arange(N, device=device)[None] if mask is None else count_tokens_before(mask)
+        hidden_states = self.embeddings(input_ids, inputs_embeds, token_type_ids, position_ids, mask)
+        shared_projection = self.projection()[0] if self.projection is not None else None
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, layout, shared_projection, **kwargs)
+
+        pooled = self.pooler(hidden_states, mask) if self.pooler is not None else None
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+
+def check_labels(labels: Tensor, num_labels: int):
+    """Refuses classes that do not exist, which on a GPU would end the process. -100 stands for no label."""
+    if is_tracing(labels):
+        return
+    wrong = labels[((labels < 0) & (labels != -100)) | (labels >= num_labels)]
+    if wrong.numel():
+        raise ValueError(
+            f"Labels must lie between 0 and {num_labels - 1} (`num_labels` is {num_labels}), or be -100 for none, and "
+            f"some are {wrong.unique().tolist()}. Set `num_labels` to the number of classes and count them from 0."
+        )
+
+
+def sum_or_mean(loss: Callable, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | None):
+    """The mean loss, or the share of these rows in the mean over `num_items_in_batch` of an accumulated step."""
+    if num_items_in_batch is None:
+        return loss(logits.float(), labels)
+    return loss(logits.float(), labels, reduction="sum") / torch.as_tensor(num_items_in_batch, device=logits.device)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
+    labels = labels.view(-1).to(logits.device)
+    check_labels(labels, logits.shape[-1])
+    return sum_or_mean(functional.cross_entropy, logits, labels, num_items_in_batch)
+
+
+def sequence_loss(
+    logits: Tensor, labels: Tensor, config: LinformerConfig, num_items_in_batch: Tensor | None
+) -> Tensor:
+    """The loss of the problem type, right under gradient accumulation for each (the library's own is not for two).
+
+    logits (B, num_labels); labels (B,) for classes, as many as logits for regression and several labels.
+    """
+    problem_type = config.problem_type
+    if problem_type is None:
+        integers = not (labels.is_floating_point() or labels.dtype == torch.bool)
+        several = "single_label_classification" if integers else "multi_label_classification"
+        problem_type = "regression" if config.num_labels == 1 else several
+    if problem_type == "single_label_classification":
+        return cross_entropy(logits, labels, num_items_in_batch)
+    if labels.numel() != logits.numel():
+        raise ValueError(
+            f"`problem_type={problem_type!r}` needs a label for each of the {config.num_labels} outputs of a row: "
+            f"shape {tuple(logits.shape)}, not {tuple(labels.shape)}."
+        )
+    loss = functional.mse_loss if problem_type == "regression" else functional.binary_cross_entropy_with_logits
+    labels = labels.view(logits.shape).to(logits.device, torch.float32)
+    return sum_or_mean(loss, logits, labels, num_items_in_batch)
+
+
+class LinformerForMaskedLM(LinformerPreTrainedModel):
+    """The encoder with a masked-LM head, tied to the word embeddings."""
+
+    _tied_weights_keys = {"lm_head.decoder.weight": "linformer.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config: LinformerConfig):
+        super().__init__(config)
+        self.linformer = LinformerModel(config, add_pooling_layer=False)
+        self.lm_head = LinformerLMHead(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Module):
+        self.lm_head.decoder = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        """
+        Inputs as in [`LinformerModel.forward`].
+
+        Args:
+            labels (`torch.Tensor` of shape `(B, N)`, *optional*): Token ids to predict, -100 where there is nothing to
+                predict.
+
+        Returns:
+            `MaskedLMOutput`: `logits` (B, N, V). With `config.sparse_prediction` and labels, (number of labels, V).
+        """
+        outputs = self.linformer(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
+        )
+        hidden_states = outputs.last_hidden_state
+        if self.config.sparse_prediction and labels is not None:
+            hidden_states, labels = hidden_states[labels != -100], labels[labels != -100]
+        logits = self.lm_head(hidden_states)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class LinformerForSequenceClassification(LinformerPreTrainedModel):
+    """The encoder with a head over the whole row: one label, several labels, or regression."""
+
+    def __init__(self, config: LinformerConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.linformer = LinformerModel(config, add_pooling_layer=False)
+        self.classifier = LinformerClassificationHead(config, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        """
+        Inputs as in [`LinformerModel.forward`].
+
+        Args:
+            labels (`torch.Tensor` of shape `(B,)` or `(B, num_labels)`, *optional*): Classes (integers), or targets of
+                a regression or of several labels (floats). `config.problem_type` decides; if it is not set, one label
+                means regression, integers one class a row, floats several labels.
+
+        Returns:
+            `SequenceClassifierOutput`: `logits` (B, num_labels).
+        """
+        outputs = self.linformer(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
+        )
+        logits = self.classifier(outputs.last_hidden_state, attention_mask)
+        loss = None
+        if labels is not None:
+            loss = sequence_loss(logits, labels, self.config, kwargs.get("num_items_in_batch"))
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class LinformerForTokenClassification(LinformerPreTrainedModel):
+    """The encoder with a linear layer over every token."""
+
+    def __init__(self, config: LinformerConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.linformer = LinformerModel(config, add_pooling_layer=False)
+        self.dropout = head_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        """
+        Inputs as in [`LinformerModel.forward`].
+
+        Args:
+            labels (`torch.Tensor` of shape `(B, N)`, *optional*): Class of each token, -100 for none.
+
+        Returns:
+            `TokenClassifierOutput`: `logits` (B, N, num_labels).
+        """
+        outputs = self.linformer(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
+        )
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            check_labels(labels, self.num_labels)
+            loss = self.loss_function(logits, labels, self.config, **kwargs)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class LinformerForQuestionAnswering(LinformerPreTrainedModel):
+    """The encoder with a linear layer that marks the first and the last token of an answer."""
+
+    def __init__(self, config: LinformerConfig):
+        super().__init__(config)
+        self.linformer = LinformerModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> QuestionAnsweringModelOutput:
+        """
+        Inputs as in [`LinformerModel.forward`].
+
+        Args:
+            start_positions (`torch.Tensor` of shape `(B,)`, *optional*): Index of the answer's first token; one
+                outside the row counts as no answer and adds nothing to the loss.
+            end_positions (`torch.Tensor` of shape `(B,)`, *optional*): Index of its last token.
+
+        Returns:
+            `QuestionAnsweringModelOutput`: `start_logits` and `end_logits` (B, N).
+        """
+        outputs = self.linformer(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
+        )
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class LinformerForMultipleChoice(LinformerPreTrainedModel):
+    """The encoder with a head that scores each of C choices by itself."""
+
+    def __init__(self, config: LinformerConfig):
+        super().__init__(config)
+        self.linformer = LinformerModel(config, add_pooling_layer=False)
+        self.classifier = LinformerClassificationHead(config, num_labels=1)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MultipleChoiceModelOutput:
+        """
+        Inputs as in [`LinformerModel.forward`], with a dimension for the choices: (B, C, N), and (B, C, N, D).
+
+        Args:
+            labels (`torch.Tensor` of shape `(B,)`, *optional*): Index of the right choice, below C.
+
+        Returns:
+            `MultipleChoiceModelOutput`: `logits` (B, C).
+        """
+        C = input_ids.shape[1] if input_ids is not None else inputs_embeds.shape[1]
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        inputs = [None if states is None else states.flatten(0, 1) for states in inputs]  # (B C, N)
+        outputs = self.linformer(*inputs, return_dict=True, **kwargs)
+        logits = self.classifier(outputs.last_hidden_state, inputs[1]).view(-1, C)
+        loss = None
+        if labels is not None:
+            loss = cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
+        return MultipleChoiceModelOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+LinformerModel.register_for_auto_class("AutoModel")
+LinformerForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
+LinformerForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+LinformerForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
+LinformerForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
+LinformerForMultipleChoice.register_for_auto_class("AutoModelForMultipleChoice")
+
+__all__ = [
+    "LinformerForMaskedLM",
+    "LinformerForMultipleChoice",
+    "LinformerForQuestionAnswering",
+    "LinformerForSequenceClassification",
+    "LinformerForTokenClassification",
+    "LinformerModel",
+    "LinformerPreTrainedModel",
+]
