@@ -110,6 +110,9 @@ def count_tokens_before(mask: Tensor) -> Tensor:
 
 def layout_tokens(mask: Tensor | None, position_ids: Tensor | None, N: int, device: torch.device) -> TokenLayout:
     """Finds the rank order of a batch. position_ids (B, N) or (1, N) are the caller's, None for the default."""
+    if position_ids is None and torch.compiler.is_exporting():
+        # An exported graph has to hold for every N up to n. Slicing E would tie it to N < n, a gather does not.
+        position_ids = torch.arange(N, device=device)[None] if mask is None else count_tokens_before(mask)
     if mask is None:
         return TokenLayout(torch.full((1,), N, device=device), position_ids=position_ids)
     lengths = mask.sum(dim=-1)
@@ -417,11 +420,8 @@ class LinformerSelfAttention(nn.Module):
             )
 
         # If every row has N tokens, the number of slots in use is known: attention gets only these, and no mask.
-        # An exported graph has to hold for every N, so it keeps all slots, masked.
-        no_pads = layout.mask is None and layout.position_ids is None
-        if no_pads and uniform and not torch.compiler.is_exporting():
-            return slots.cut(self.num_slots_in_use(N))
-        return slots
+        known = layout.mask is None and layout.position_ids is None and uniform
+        return slots.cut(self.num_slots_in_use(N)) if known else slots
 
     def num_slots_in_use(self, N: int) -> int:
         if self.config.uses_pooling or (self.config.exact_short_sequences and N <= self.num_slots):
@@ -480,7 +480,8 @@ class LinformerSelfAttention(nn.Module):
         (B M, H, k + 1 + 3 w, d), bias (B M, G, 1, k + 1 + 3 w)
         """
         w, N = self.config.local_window, query.shape[2]
-        M = -(-N // w)
+        # Torch exports a graph for one block or for several: a spare block makes it several for every N.
+        M = -(-N // w) + int(torch.compiler.is_exporting())
         key = self.join_keys(key, self.split_heads(self.key(states)), M)
         value = self.join_keys(value, self.split_heads(self.value(states)), M)
         query = functional.pad(query, (0, 0, 0, M * w - N)).unflatten(2, (M, w))  # (B, H, M, w, d)
@@ -516,10 +517,10 @@ class LinformerSelfAttention(nn.Module):
     def join_keys(self, slots: Tensor, tokens: Tensor, M: int) -> Tensor:
         """What every block attends to: slots (B, H, k, d), tokens (B, H, N, d) -> (B M, H, k + 1 + 3 w, d)."""
         w, N = self.config.local_window, tokens.shape[2]
-        blocks = functional.pad(tokens, (0, 0, w, (M + 1) * w - N))  # (B, H, (M + 2) w, d)
-        blocks = blocks.unfold(2, 3 * w, w).permute(0, 2, 1, 4, 3)  # (B, M, H, 3 w, d), a view
         for_all = torch.cat([slots, tokens[:, :, :1]], dim=2)[:, None].expand(-1, M, -1, -1, -1)
-        return torch.cat([for_all, blocks], dim=3).flatten(0, 1)
+        blocks = functional.pad(tokens, (0, 0, w, (M + 1) * w - N)).unflatten(2, (M + 2, w))
+        blocks = blocks.transpose(1, 2)  # (B, M + 2, H, w, d)
+        return torch.cat([for_all, blocks[:, :-2], blocks[:, 1:-1], blocks[:, 2:]], dim=3).flatten(0, 1)
 
     def arrange_probabilities(
         self, probabilities: Tensor, slots_in_use: int, layout: TokenLayout, B: int, N: int
