@@ -24,7 +24,7 @@ What other implementations do not have:
     among the real tokens. A row gives the same result alone, padded left or right, with holes, in any batch.
   - slots may be means or maxima of segments that follow the length of each row (`segment_bounds`); rows of up to k
     tokens then get exact softmax attention.
-  - `local_window`: in the same softmax a query also attends exactly to its neighbourhood (`add_neighbourhood`).
+  - `local_window`: in the same softmax a query also attends exactly to its neighbourhood (`attend_nearby`).
 
 Letters: B rows in the batch, N tokens in a row, n = max_position_embeddings, k slots (projected_length), H heads,
 d head size, D = H d hidden size, G = H if the heads have projections of their own and 1 if they share, w local window.
@@ -103,6 +103,20 @@ def token_mask(attention_mask: Tensor | None, shape: tuple[int, int]) -> Tensor 
     return None if not is_tracing(mask) and bool(mask.all()) else mask
 
 
+def checked_position_ids(position_ids: Tensor, mask: Tensor | None, shape: tuple[int, int], n: int) -> Tensor:
+    """The caller's position ids (B, N) or (1, N), with 0 at pads; refused where they are in no table."""
+    if position_ids.shape not in (shape, (1, shape[1])):
+        raise ValueError(f"`position_ids` must have the shape {shape} or {(1, shape[1])}, not {position_ids.shape}.")
+    if mask is not None:
+        position_ids = mask_padding(position_ids.expand(shape), mask)
+    if not is_tracing(position_ids) and bool(((position_ids < 0) | (position_ids >= n)).any()):
+        raise ValueError(
+            f"`position_ids` must lie between 0 and {n - 1} (`max_position_embeddings` is {n}), and reach from "
+            f"{int(position_ids.min())} to {int(position_ids.max())}."
+        )
+    return position_ids
+
+
 def count_tokens_before(mask: Tensor) -> Tensor:
     """Default position ids (B, N): how many real tokens stand before each token."""
     return (mask.cumsum(dim=-1) - 1).clamp(min=0)
@@ -116,8 +130,6 @@ def layout_tokens(mask: Tensor | None, position_ids: Tensor | None, N: int, devi
     if mask is None:
         return TokenLayout(torch.full((1,), N, device=device), position_ids=position_ids)
     lengths = mask.sum(dim=-1)
-    if position_ids is not None:
-        position_ids = mask_padding(position_ids.expand(mask.shape), mask)
     if not is_tracing(mask) and bool((mask[:, 1:] <= mask[:, :-1]).all()):
         # Padded right only, as nearly always: the batch is in rank order as it is.
         return TokenLayout(lengths, mask, position_ids)
@@ -175,11 +187,11 @@ def segment_bounds(lengths: Tensor, head_slots: Tensor, k: int) -> tuple[Tensor,
     return bounds[..., :-1], bounds[..., 1:]
 
 
-def segment_means(start: Tensor, end: Tensor, num_tokens: int) -> Tensor:
+def segment_means(start: Tensor, end: Tensor, N: int, dtype: torch.dtype) -> Tensor:
     """The E of mean pooling: row i averages the tokens start[i] ... end[i] - 1. (B, G, k) -> (B, G, k, N)"""
-    rank = torch.arange(num_tokens, device=start.device)
+    rank = torch.arange(N, device=start.device)
     member = (start[..., None] <= rank) & (rank < end[..., None])
-    return member / (end - start).clamp(min=1)[..., None]
+    return member.to(dtype) / (end - start).clamp(min=1)[..., None]
 
 
 def segment_maxima(states: Tensor, end: Tensor) -> Tensor:
@@ -246,7 +258,9 @@ def eager_attention_forward(
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    probabilities = functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    # At least single precision, also for half precision scores
+    precision = torch.promote_types(query.dtype, torch.float32)
+    probabilities = functional.softmax(scores, dim=-1, dtype=precision).to(query.dtype)
     probabilities = functional.dropout(probabilities, p=dropout, training=module.training)
     return torch.matmul(probabilities, value).transpose(1, 2), probabilities
 
@@ -353,19 +367,28 @@ class LinformerSelfAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (B, N, D) -> output (B, N, D), attention probabilities (B, H, N, keys) if `eager`"""
-        B, N, D = hidden_states.shape
         states = mask_padding(reorder(hidden_states, layout.order), layout.mask)
-
         E, F = (shared_projection, shared_projection) if self.projection is None else self.projection()
-        slots = self.build_slots(E, F, layout, N)
-        query = self.split_heads(self.query(states))  # (B, H, N, d)
+        slots = self.build_slots(E, F, layout, states)
         key, value = self.project_keys_and_values(states, slots)  # (B, H, k, d)
-        slots_in_use = key.shape[2]
-        if self.config.local_window:
-            query, key, value, bias = self.add_neighbourhood(query, key, value, states, slots, layout)
-        else:
-            bias = self.slot_bias(slots, query)
 
+        if self.config.local_window:
+            context, probabilities = self.attend_nearby(states, key, value, slots, layout, **kwargs)
+        else:
+            # Nothing is said of the order of the queries, so they may stay in that of the batch.
+            query = self.split_heads(self.query(hidden_states))
+            context, probabilities = self.attend(query, key, value, self.slot_bias(slots, query.dtype), **kwargs)
+
+        unused = self.num_slots - key.shape[2]
+        if probabilities is not None and unused:
+            of_slots, exact = probabilities.tensor_split([key.shape[2]], dim=-1)
+            probabilities = torch.cat([functional.pad(of_slots, (0, unused)), exact], dim=-1)
+        return self.output(context), probabilities
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[Tensor, Tensor | None]:
+        """softmax(Q K^T / sqrt(d) + bias) V: (B, H, N, d), keys (B, H, k, d) -> (B, N, D), (B, H, N, k) if `eager`"""
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -379,24 +402,21 @@ class LinformerSelfAttention(nn.Module):
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
             **kwargs,
         )
-        # With a neighbourhood, the blocks of a row lie one after the other: (B M, w, H, d) -> (B, M w, D) -> (B, N, D)
-        context = context.reshape(B, -1, D)[:, :N]
-        if probabilities is not None:
-            probabilities = self.arrange_probabilities(probabilities, slots_in_use, layout, B, N)
-        return self.output(reorder(context, layout.rank)), probabilities
+        return context.flatten(2), probabilities
 
     def split_heads(self, states: Tensor) -> Tensor:
         """(B, N, D) -> (B, H, N, d)"""
         return states.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
-    def build_slots(self, E: Tensor | None, F: Tensor | None, layout: TokenLayout, N: int) -> Slots:
-        """Fits E and F (G, k, n) to this layer's k and to the tokens of this batch."""
+    def build_slots(self, E: Tensor | None, F: Tensor | None, layout: TokenLayout, states: Tensor) -> Slots:
+        """Fits E and F (G, k, n) to this layer's k and to the tokens of this batch, states (B, N, D)."""
+        N, dtype = states.shape[1], states.dtype
         config, k, n, device = self.config, self.num_slots, self.config.max_position_embeddings, layout.lengths.device
         uniform = len(self.slots_per_head) == 1
         head_slots = torch.tensor(self.slots_per_head, device=device)[:, None]  # (1 | H, 1)
         start, end = segment_bounds(layout.lengths, head_slots, k)
         if config.uses_pooling:
-            means = segment_means(start, end, N) if config.projection_type == "mean_pool" else None
+            means = segment_means(start, end, N, dtype) if config.projection_type == "mean_pool" else None
             slots = Slots(means, means, end > start, start, end)
         else:
             fitted_E = fit_projection(E, k, layout.position_ids, N)
@@ -409,7 +429,7 @@ class LinformerSelfAttention(nn.Module):
         if config.exact_short_sequences:
             # The segments of a row of up to k tokens are its tokens, and their means the identity.
             short = layout.lengths[:, None, None] <= head_slots  # (1 | B, G, 1)
-            identity = segment_means(start, end, N)
+            identity = segment_means(start, end, N, dtype)
             slots = Slots(
                 E=torch.where(short[..., None], identity, slots.E),
                 F=torch.where(short[..., None], identity, slots.F),
@@ -452,86 +472,80 @@ class LinformerSelfAttention(nn.Module):
         value = project_sequence(self.split_heads(self.value(states)) - value_bias, F) + value_bias
         return key, value
 
-    def slot_bias(self, slots: Slots, query: Tensor) -> Tensor | None:
+    def slot_bias(self, slots: Slots, dtype: torch.dtype) -> Tensor | None:
         """-inf at slots that no real token feeds: (1 | B, G, 1, k), or None if all are known to be fed."""
         if slots.all_fed:
             return None
         # A row without any real token attends to its first slot, which is finite, and not to nothing, which is NaN.
         nothing = ~slots.fed.any(dim=-1, keepdim=True)
-        first = torch.arange(slots.fed.shape[-1], device=query.device) == 0
-        return additive_mask(slots.fed | (nothing & first), query.dtype)[:, :, None]
+        first = torch.arange(slots.fed.shape[-1], device=nothing.device) == 0
+        return additive_mask(slots.fed | (nothing & first), dtype)[:, :, None]
 
-    def add_neighbourhood(
+    def attend_nearby(
         self,
-        query: Tensor,
+        states: Tensor,
         key: Tensor,
         value: Tensor,
-        states: Tensor,
         slots: Slots,
         layout: TokenLayout,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Makes every block of w queries an attention of its own, over the slots and its exact neighbourhood.
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention to the slots and to an exact neighbourhood, in one softmax.
 
-        The keys of a block are the k slots, the first real token, and the tokens of the block and of its neighbours;
-        a token that several of them hold counts once. A slot that stands for c tokens weighs as much as c tokens do,
-        by log(c) on its scores. With M = ceil(N / w) blocks the cost is O(N (k + 3 w)).
+        The rows are cut into M = ceil(N / w) blocks. Each is an attention of its own: w queries, and as keys the k
+        slots, the first real token, and the tokens of the block and of the blocks beside it. Cost: O(N (k + 3 w)).
 
-        query (B, H, N, d), key and value (B, H, k, d), states (B, N, D) -> query (B M, H, w, d), key and value
-        (B M, H, k + 1 + 3 w, d), bias (B M, G, 1, k + 1 + 3 w)
+        states (B, N, D), key and value of the slots (B, H, k, d) -> (B, N, D), (B, H, N, k + 1 + 3 w) if `eager`
         """
-        w, N = self.config.local_window, query.shape[2]
+        w, (B, N, D) = self.config.local_window, states.shape
         # Torch exports a graph for one block or for several: a spare block makes it several for every N.
         M = -(-N // w) + int(torch.compiler.is_exporting())
-        key = self.join_keys(key, self.split_heads(self.key(states)), M)
-        value = self.join_keys(value, self.split_heads(self.value(states)), M)
-        query = functional.pad(query, (0, 0, 0, M * w - N)).unflatten(2, (M, w))  # (B, H, M, w, d)
-        query = query.transpose(1, 2).flatten(0, 1)
+        query = self.split_heads(functional.pad(self.query(states), (0, 0, 0, M * w - N)))
+        query = query.unflatten(2, (M, w)).transpose(1, 2).flatten(0, 1)  # (B, H, M w, d) -> (B M, H, w, d)
+        key = self.gather_keys(key, self.split_heads(self.key(states)), M)
+        value = self.gather_keys(value, self.split_heads(self.value(states)), M)
+        bias = self.neighbourhood_bias(slots, layout, M, query.dtype)
+        bias = bias.expand(B, -1, -1, -1).flatten(0, 1)[:, :, None]  # (B M, G, 1, k + 1 + 3 w)
 
-        block_start = (torch.arange(M, device=query.device) - 1)[
-            :, None
-        ] * w  # (M, 1), first rank of the neighbourhood
-        rank = block_start + torch.arange(3 * w, device=query.device)  # (M, 3 w)
-        # Rank 0 has a key of its own in every block.
-        sees_token = (rank > 0) & (rank < layout.lengths[:, None, None])  # (1 | B, M, 3 w)
-        sees_slot = slots.fed[:, None].expand(-1, M, -1, -1)  # (1 | B, M, G, k)
-        slot_weight = torch.zeros_like(sees_slot, dtype=query.dtype)
-        if slots.start is not None and slots.end is not None:
-            start, end = slots.start[:, None], slots.end[:, None]  # (1 | B, 1, G, k)
-            covered = (end <= 1) | ((start >= block_start[..., None]) & (end <= block_start[..., None] + 3 * w))
-            sees_slot = sees_slot & ~covered
-            if self.config.uses_pooling:
-                slot_weight = slot_weight + (end - start).clamp(min=1).log().to(query.dtype)
+        context, probabilities = self.attend(query, key, value, bias, **kwargs)
+        context = context.reshape(B, M * w, D)[:, :N]
+        if probabilities is not None:
+            probabilities = probabilities.unflatten(0, (B, M)).transpose(1, 2).flatten(2, 3)[:, :, :N]
+            probabilities = reorder(probabilities, layout.rank, dim=2)
+        return reorder(context, layout.rank), probabilities
 
-        B, G = query.shape[0] // M, sees_slot.shape[2]
-        sees_first = torch.ones_like(sees_token[..., :1])
-        sees_exactly = torch.cat([sees_first, sees_token], dim=-1)[:, :, None]  # (1 | B, M, 1, 1 + 3 w)
-        bias = torch.cat(
-            [
-                (additive_mask(sees_slot, query.dtype) + slot_weight).expand(B, -1, -1, -1),
-                additive_mask(sees_exactly, query.dtype).expand(B, -1, G, -1),
-            ],
-            dim=-1,
-        )  # (B, M, G, k + 1 + 3 w)
-        return query, key, value, bias.flatten(0, 1)[:, :, None]
-
-    def join_keys(self, slots: Tensor, tokens: Tensor, M: int) -> Tensor:
-        """What every block attends to: slots (B, H, k, d), tokens (B, H, N, d) -> (B M, H, k + 1 + 3 w, d)."""
+    def gather_keys(self, slots: Tensor, tokens: Tensor, M: int) -> Tensor:
+        """What each block attends to: slots (B, H, k, d), tokens (B, H, N, d) -> (B M, H, k + 1 + 3 w, d)"""
         w, N = self.config.local_window, tokens.shape[2]
         for_all = torch.cat([slots, tokens[:, :, :1]], dim=2)[:, None].expand(-1, M, -1, -1, -1)
         blocks = functional.pad(tokens, (0, 0, w, (M + 1) * w - N)).unflatten(2, (M + 2, w))
-        blocks = blocks.transpose(1, 2)  # (B, M + 2, H, w, d)
+        blocks = blocks.transpose(1, 2)  # (B, M + 2, H, w, d), with an empty block at each end
         return torch.cat([for_all, blocks[:, :-2], blocks[:, 1:-1], blocks[:, 2:]], dim=3).flatten(0, 1)
 
-    def arrange_probabilities(
-        self, probabilities: Tensor, slots_in_use: int, layout: TokenLayout, B: int, N: int
-    ) -> Tensor:
-        """Gives the probabilities the shape (B, H, N, k) or (B, H, N, k + 1 + 3 w), queries in the batch's order."""
-        if self.config.local_window:
-            # (B M, H, w, keys) -> (B, H, M w, keys)
-            probabilities = probabilities.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)[:, :, :N]
-        slots, exact = probabilities.tensor_split([slots_in_use], dim=-1)
-        slots = functional.pad(slots, (0, self.num_slots - slots_in_use))
-        return reorder(torch.cat([slots, exact], dim=-1), layout.rank, dim=2)
+    def neighbourhood_bias(self, slots: Slots, layout: TokenLayout, M: int, dtype: torch.dtype) -> Tensor:
+        """Makes every token count once: (1 | B, M, G, k + 1 + 3 w), added to the scores of each block.
+
+        -inf at pads, at the first token inside the blocks (it has a key of its own), and at slots whose tokens are
+        all seen exactly. log(c) at a mean or maximum over c tokens, so that it weighs as much as they do.
+        """
+        w, device = self.config.local_window, layout.lengths.device
+        block_start = (torch.arange(M, device=device)[:, None] - 1) * w  # (M, 1), first rank of the neighbourhood
+        rank = block_start + torch.arange(3 * w, device=device)  # (M, 3 w)
+        sees_token = (rank > 0) & (rank < layout.lengths[:, None, None])  # (1 | B, M, 3 w)
+        sees_exactly = functional.pad(sees_token, (1, 0), value=True)[:, :, None]  # (1 | B, M, 1, 1 + 3 w)
+        sees_slot = slots.fed[:, None].expand(-1, M, -1, -1)  # (1 | B, M, G, k)
+        if slots.start is not None and slots.end is not None:
+            start, end = slots.start[:, None], slots.end[:, None]  # (1 | B, 1, G, k)
+            nearby = (start >= block_start[..., None]) & (end <= block_start[..., None] + 3 * w)
+            sees_slot = sees_slot & ~(nearby | (end <= 1))
+        slot_bias = additive_mask(sees_slot, dtype)
+        if self.config.uses_pooling:
+            size = (end - start).clamp(min=1).to(torch.promote_types(dtype, torch.float32))
+            slot_bias = slot_bias + size.log().to(dtype)
+        token_bias = additive_mask(sees_exactly, dtype)
+        batch = max(slot_bias.shape[0], token_bias.shape[0])
+        shape = (batch, M, slot_bias.shape[2], -1)
+        return torch.cat([slot_bias.expand(shape), token_bias.expand(shape)], dim=-1)
 
 
 class LinformerMLP(nn.Module):
@@ -650,15 +664,6 @@ class LinformerPreTrainedModel(PreTrainedModel):
             init.normal_(weight, std=self.config.initializer_range)
 
 
-def check_position_ids(position_ids: Tensor | None, shape: tuple[int, int], n: int):
-    if position_ids is None:
-        return
-    if position_ids.shape not in (shape, (1, shape[1])):
-        raise ValueError(
-            f"`position_ids` must have the shape {shape} or {(1, shape[1])} and have {position_ids.shape}."
-        )
-
-
 def refuse_unsupported(kwargs: dict):
     """Refuses what a sequence projection cannot do, rather than ignore it."""
     refused = ("encoder_hidden_states", "encoder_attention_mask", "past_key_values", "cache", "cu_seq_lens_q")
@@ -731,7 +736,13 @@ class LinformerModel(LinformerPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either `input_ids` or `inputs_embeds`, not both and not neither.")
         refuse_unsupported(kwargs)
-        B, N = input_ids.shape if input_ids is not None else inputs_embeds.shape[:2]
+        given, states = ("input_ids", input_ids) if input_ids is not None else ("inputs_embeds", inputs_embeds)
+        if states.dim() != 2 + (input_ids is None) or states.shape[1] == 0:
+            raise ValueError(
+                f"`{given}` must have the shape (batch, tokens) or (batch, tokens, hidden size), with at least one "
+                f"token, and have {tuple(states.shape)}."
+            )
+        B, N = states.shape[:2]
         if N > self.config.max_position_embeddings:
             raise ValueError(
                 f"A row has {N} tokens and the model takes at most n = {self.config.max_position_embeddings} "
@@ -740,10 +751,10 @@ class LinformerModel(LinformerPreTrainedModel):
             )
         if input_ids is not None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
-        device = input_ids.device if input_ids is not None else inputs_embeds.device
+        device = states.device
         mask = token_mask(attention_mask, (B, N))
-        check_position_ids(position_ids, (B, N), self.config.max_position_embeddings)
-
+        if position_ids is not None:
+            position_ids = checked_position_ids(position_ids, mask, (B, N), self.config.max_position_embeddings)
         layout = layout_tokens(mask, position_ids, N, device)
         if position_ids is None:
             position_ids = torch.arange(N, device=device)[None] if mask is None else count_tokens_before(mask)

@@ -1,0 +1,124 @@
+"""On short rows, the adaptive slots are no approximation: the model equals BERT and RoBERTa on copied weights.
+
+python -m pytest tests/test_exactness.py
+"""
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
+
+from hf_linformer import LinformerConfig, LinformerModel
+
+
+K, N = 8, 40
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 31,
+    "initializer_range": 0.2,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-6,
+}
+
+
+def source_model(family: str) -> BertModel | RobertaModel:
+    torch.manual_seed(0)
+    if family == "bert":
+        model = BertModel(BertConfig(**SIZES, max_position_embeddings=N, pad_token_id=1))
+    else:
+        # RoBERTa's table begins with pad_token_id + 1 rows that no token uses.
+        model = RobertaModel(RobertaConfig(**SIZES, max_position_embeddings=N + 2, pad_token_id=1))
+    return model.eval()
+
+
+def with_weights_of(source: BertModel | RobertaModel, **changes) -> LinformerModel:
+    model = LinformerModel(LinformerConfig(**SIZES, max_position_embeddings=N, projected_length=K, **changes)).eval()
+    names = {
+        "embeddings.LayerNorm": "embeddings.norm",
+        "encoder.layer": "layers",
+        "attention.self": "attention",
+        "attention.output.dense": "attention.output",
+        "attention.output.LayerNorm": "attention_norm",
+        "intermediate.dense": "mlp.up",
+        "output.dense": "mlp.down",
+        "output.LayerNorm": "mlp_norm",
+    }
+    weights = {}
+    for name, weight in source.state_dict().items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        weights[name] = weight[-N:] if "position_embeddings" in name else weight
+    own = {name: weight for name, weight in model.state_dict().items() if name.endswith((".E", ".F"))}
+    model.load_state_dict(weights | own)
+    return model
+
+
+EXACT = [
+    ({"projection_type": "mean_pool"}, K),
+    ({"projection_type": "max_pool"}, K),
+    ({"projection_type": "mean_pool", "local_window": 3}, K),
+    ({"projection_type": "max_pool", "local_window": 3}, K),
+    # With a window: max(k, 2 w)
+    ({"projection_type": "mean_pool", "local_window": 7}, 14),
+    ({"projection_type": "max_pool", "local_window": 7}, 14),
+    *[
+        ({"projection_type": kind, "projection_sharing": sharing, "local_window": w, "exact_short_sequences": True}, K)
+        for kind in ("linear", "random", "convolution")
+        for sharing in ("none", "layerwise")
+        for w in (0, 3)
+    ],
+]
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize(
+    ("changes", "limit"),
+    EXACT,
+    ids=str,
+)
+def test_equals_its_source_up_to_k_tokens(family, changes, limit):
+    source = source_model(family)
+    model = with_weights_of(source, **changes)
+    for length in range(1, limit + 1):
+        input_ids = torch.randint(3, 61, (2, length))
+        token_type_ids = torch.randint(0, 2, (2, length))
+        with torch.no_grad():
+            expected = source(input_ids, token_type_ids=token_type_ids)
+            output = model(input_ids, token_type_ids=token_type_ids)
+        torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state, rtol=0, atol=1e-5)
+        torch.testing.assert_close(output.pooler_output, expected.pooler_output, rtol=0, atol=1e-5)
+
+    # In a batch with a row that is too long for it, a short row stays exact.
+    lengths = (limit, limit - 3, N)
+    input_ids = torch.randint(3, 61, (3, N))
+    mask = torch.arange(N) < torch.tensor(lengths)[:, None]
+    input_ids = torch.where(mask, input_ids, 1)
+    with torch.no_grad():
+        expected = source(input_ids, attention_mask=mask.long()).last_hidden_state
+        output = model(input_ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(output[:2][mask[:2]], expected[:2][mask[:2]], rtol=0, atol=1e-5)
+    assert (output[2] - expected[2]).abs().max() > 0.01, "the long row is compressed, or this test shows nothing"
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_gradients_are_those_of_the_source(family):
+    source = source_model(family)
+    model = with_weights_of(source, projection_type="mean_pool", local_window=3)
+    input_ids = torch.randint(3, 61, (2, K))
+    for encoder in (source, model):
+        encoder(input_ids).last_hidden_state.square().sum().backward()
+    for layer, other in zip(model.layers, source.encoder.layer):
+        for name in ("query", "key", "value"):
+            ours, theirs = getattr(layer.attention, name).weight.grad, getattr(other.attention.self, name).weight.grad
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_one_row_more_than_k_is_no_longer_exact():
+    source = source_model("bert")
+    model = with_weights_of(source, projection_type="mean_pool")
+    input_ids = torch.randint(3, 61, (1, K + 1))
+    with torch.no_grad():
+        difference = model(input_ids).last_hidden_state - source(input_ids).last_hidden_state
+    assert difference.abs().max() > 0.01
