@@ -131,14 +131,17 @@ class LinformerConfig(PreTrainedConfig):
         """Whether the slots are means or maxima of segments, and so have no parameters."""
         return self.projection_type in ("mean_pool", "max_pool")
 
+    @property
+    def head_dropout_prob(self) -> float | int:
+        """Dropout of the task heads."""
+        return self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout
+
     def slots_per_head(self, layer_idx: int) -> list[int]:
         """The k of a layer: one number if all its heads have the same, else one for each head."""
-        layer = self.projected_length
-        if isinstance(layer, list):
-            layer = layer[layer_idx]
-        if isinstance(layer, list):
-            return layer if len(set(layer)) > 1 else layer[:1]
-        return [layer]
+        layer = self.projected_length[layer_idx] if isinstance(self.projected_length, list) else self.projected_length
+        if isinstance(layer, int):
+            return [layer]
+        return layer if len(set(layer)) > 1 else layer[:1]
 
     def validate_architecture(self):
         """Refuses what cannot work. Runs at construction and before saving."""

@@ -89,6 +89,25 @@ class Slots(NamedTuple):
         return Slots(E, F, self.fed[..., :k], start, end, all_fed=True)
 
 
+def batch_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None, n: int) -> tuple[int, int]:
+    """B and N of the input; refused if there is none, or if a row is longer than the model's n."""
+    if input_ids is not None and inputs_embeds is None:
+        name, dims, shape = "input_ids", "(batch, tokens)", tuple(input_ids.shape)
+    elif inputs_embeds is not None and input_ids is None:
+        name, dims, shape = "inputs_embeds", "(batch, tokens, hidden_size)", tuple(inputs_embeds.shape)
+    else:
+        raise ValueError("Give either `input_ids` or `inputs_embeds`, not both and not neither.")
+    if len(shape) != dims.count(",") + 1 or shape[1] == 0:
+        raise ValueError(f"`{name}` must have the shape {dims} with at least one token, not {shape}.")
+    B, N = shape[:2]
+    if N > n:
+        raise ValueError(
+            f"A row has {N} tokens and the model takes at most n = {n} (`max_position_embeddings`). Truncate "
+            "(`tokenizer(..., truncation=True, max_length=n)`), split the text, or use a model with a larger n."
+        )
+    return B, N
+
+
 def token_mask(attention_mask: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
     """The mask as booleans, True at real tokens, or None if there are no pads."""
     if attention_mask is None:
@@ -117,8 +136,10 @@ def checked_position_ids(position_ids: Tensor, mask: Tensor | None, shape: tuple
     return position_ids
 
 
-def count_tokens_before(mask: Tensor) -> Tensor:
-    """Default position ids (B, N): how many real tokens stand before each token."""
+def default_position_ids(mask: Tensor | None, N: int, device: torch.device) -> Tensor:
+    """How many real tokens stand before each token: (B, N), or (1, N) without pads."""
+    if mask is None:
+        return torch.arange(N, device=device)[None]
     return (mask.cumsum(dim=-1) - 1).clamp(min=0)
 
 
@@ -126,7 +147,7 @@ def layout_tokens(mask: Tensor | None, position_ids: Tensor | None, N: int, devi
     """Finds the rank order of a batch. position_ids (B, N) or (1, N) are the caller's, None for the default."""
     if position_ids is None and torch.compiler.is_exporting():
         # An exported graph has to hold for every N up to n. Slicing E would tie it to N < n, a gather does not.
-        position_ids = torch.arange(N, device=device)[None] if mask is None else count_tokens_before(mask)
+        position_ids = default_position_ids(mask, N, device)
     if mask is None:
         return TokenLayout(torch.full((1,), N, device=device), position_ids=position_ids)
     lengths = mask.sum(dim=-1)
@@ -134,7 +155,7 @@ def layout_tokens(mask: Tensor | None, position_ids: Tensor | None, N: int, devi
         # Padded right only, as nearly always: the batch is in rank order as it is.
         return TokenLayout(lengths, mask, position_ids)
     rank_of_pad = lengths[:, None] + (~mask).cumsum(dim=-1) - 1
-    rank = torch.where(mask, count_tokens_before(mask), rank_of_pad)
+    rank = torch.where(mask, default_position_ids(mask, N, device), rank_of_pad)
     order = rank.argsort(dim=-1)
     position_ids = None if position_ids is None else reorder(position_ids, order)
     ordered_mask = torch.arange(N, device=device) < lengths[:, None]
@@ -235,8 +256,13 @@ def mean_of_tokens(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
     """The mean over the real tokens of each row: (B, N, D) -> (B, D); 0 for a row without any."""
     if mask is None:
         return hidden_states.mean(dim=1)
-    count = mask.sum(dim=1, keepdim=True).clamp(min=1)
-    return mask_padding(hidden_states, mask).sum(dim=1) / count
+    total = mask_padding(hidden_states, mask).sum(dim=1, dtype=at_least_single(hidden_states.dtype))
+    return (total / mask.sum(dim=1, keepdim=True).clamp(min=1)).to(hidden_states.dtype)
+
+
+def at_least_single(dtype: torch.dtype) -> torch.dtype:
+    """The precision for sums, softmax and logarithms: float32 for the half precisions."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -258,9 +284,7 @@ def eager_attention_forward(
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    # At least single precision, also for half precision scores
-    precision = torch.promote_types(query.dtype, torch.float32)
-    probabilities = functional.softmax(scores, dim=-1, dtype=precision).to(query.dtype)
+    probabilities = functional.softmax(scores, dim=-1, dtype=at_least_single(query.dtype)).to(query.dtype)
     probabilities = functional.dropout(probabilities, p=dropout, training=module.training)
     return torch.matmul(probabilities, value).transpose(1, 2), probabilities
 
@@ -283,6 +307,7 @@ class LinformerEmbeddings(nn.Module):
         mask: Tensor | None,
     ) -> Tensor:
         if inputs_embeds is None:
+            assert input_ids is not None
             inputs_embeds = self.word_embeddings(mask_padding(input_ids, mask))
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(position_ids)
@@ -410,34 +435,37 @@ class LinformerSelfAttention(nn.Module):
 
     def build_slots(self, E: Tensor | None, F: Tensor | None, layout: TokenLayout, states: Tensor) -> Slots:
         """Fits E and F (G, k, n) to this layer's k and to the tokens of this batch, states (B, N, D)."""
-        N, dtype = states.shape[1], states.dtype
-        config, k, n, device = self.config, self.num_slots, self.config.max_position_embeddings, layout.lengths.device
+        config, k, N, device = self.config, self.num_slots, states.shape[1], states.device
         uniform = len(self.slots_per_head) == 1
         head_slots = torch.tensor(self.slots_per_head, device=device)[:, None]  # (1 | H, 1)
         start, end = segment_bounds(layout.lengths, head_slots, k)
-        if config.uses_pooling:
-            means = segment_means(start, end, N, dtype) if config.projection_type == "mean_pool" else None
+        if config.projection_type == "max_pool":
+            slots = Slots(None, None, end > start, start, end)
+        elif config.projection_type == "mean_pool":
+            means = segment_means(start, end, N, states.dtype)
             slots = Slots(means, means, end > start, start, end)
         else:
+            assert E is not None and F is not None
             fitted_E = fit_projection(E, k, layout.position_ids, N)
             fitted_F = fitted_E if F is E else fit_projection(F, k, layout.position_ids, N)
             if config.projection_type == "convolution":
-                slots = Slots(fitted_E, fitted_F, fed_by_convolution(layout, -(-n // head_slots), k, N))
+                stride = -(-config.max_position_embeddings // head_slots)
+                slots = Slots(fitted_E, fitted_F, fed_by_convolution(layout, stride, k, N))
             else:
                 fed = torch.arange(k, device=device) < head_slots
                 slots = Slots(fitted_E, fitted_F, fed[None], all_fed=uniform)
-        if config.exact_short_sequences:
-            # The segments of a row of up to k tokens are its tokens, and their means the identity.
-            short = layout.lengths[:, None, None] <= head_slots  # (1 | B, G, 1)
-            identity = segment_means(start, end, N, dtype)
-            slots = Slots(
-                E=torch.where(short[..., None], identity, slots.E),
-                F=torch.where(short[..., None], identity, slots.F),
-                fed=torch.where(short, end > start, slots.fed),
-                start=start,
-                # The slots of a longer row see all of it: they end in no neighbourhood.
-                end=torch.where(short, end, torch.iinfo(end.dtype).max),
-            )
+            if config.exact_short_sequences:
+                # The segments of a row of up to k tokens are its tokens, and their means the identity.
+                short = layout.lengths[:, None, None] <= head_slots  # (1 | B, G, 1)
+                identity = segment_means(start, end, N, states.dtype)
+                slots = Slots(
+                    E=torch.where(short[..., None], identity, fitted_E),
+                    F=torch.where(short[..., None], identity, fitted_F),
+                    fed=torch.where(short, end > start, slots.fed),
+                    start=start,
+                    # The slots of a longer row see all of it: they end in no neighbourhood.
+                    end=torch.where(short, end, torch.iinfo(end.dtype).max),
+                )
 
         # If every row has N tokens, the number of slots in use is known: attention gets only these, and no mask.
         known = layout.mask is None and layout.position_ids is None and uniform
@@ -455,7 +483,8 @@ class LinformerSelfAttention(nn.Module):
         """K' = E (X W_K) + b_K and V' = F (X W_V) + b_V: states (B, N, D) -> two of (B, H, k, d)."""
         E, F = slots.E, slots.F
         if E is None or F is None:
-            # The paper takes the maximum of X W. A bias is the same for all tokens and may be added before.
+            # Over X W, as the paper writes it. A bias is the same for all tokens, so it may be added before.
+            assert slots.end is not None
             key, value = self.split_heads(self.key(states)), self.split_heads(self.value(states))
             return segment_maxima(key, slots.end), segment_maxima(value, slots.end)
         if E.shape[1] == 1:
@@ -463,14 +492,13 @@ class LinformerSelfAttention(nn.Module):
             EX = project_sequence(states, E[:, 0])
             FX = EX if F is E else project_sequence(states, F[:, 0])
             return self.split_heads(self.key(EX)), self.split_heads(self.value(FX))
+        return self.project_by_head(self.key, states, E), self.project_by_head(self.value, states, F)
+
+    def project_by_head(self, linear: nn.Linear, states: Tensor, projection: Tensor) -> Tensor:
+        """E_h (X W_h) + b_h: states (B, N, D), projection (1 | B, H, k, N) -> (B, H, k, d)"""
         # Taking the bias off again, instead of calling the linear without it, keeps adapters (LoRA) on it at work.
-        key_bias, value_bias = (
-            self.split_heads(self.key.bias[None, None]),
-            self.split_heads(self.value.bias[None, None]),
-        )
-        key = project_sequence(self.split_heads(self.key(states)) - key_bias, E) + key_bias
-        value = project_sequence(self.split_heads(self.value(states)) - value_bias, F) + value_bias
-        return key, value
+        XW = self.split_heads(linear(states) - linear.bias)
+        return project_sequence(XW, projection) + self.split_heads(linear.bias[None, None])
 
     def slot_bias(self, slots: Slots, dtype: torch.dtype) -> Tensor | None:
         """-inf at slots that no real token feeds: (1 | B, G, 1, k), or None if all are known to be fed."""
@@ -540,7 +568,7 @@ class LinformerSelfAttention(nn.Module):
             sees_slot = sees_slot & ~(nearby | (end <= 1))
         slot_bias = additive_mask(sees_slot, dtype)
         if self.config.uses_pooling:
-            size = (end - start).clamp(min=1).to(torch.promote_types(dtype, torch.float32))
+            size = (end - start).clamp(min=1).to(at_least_single(dtype))
             slot_bias = slot_bias + size.log().to(dtype)
         token_bias = additive_mask(sees_exactly, dtype)
         batch = max(slot_bias.shape[0], token_bias.shape[0])
@@ -595,24 +623,20 @@ class LinformerPooler(nn.Module):
         return torch.tanh(self.dense(first_token(hidden_states, mask)))
 
 
-def head_dropout(config: LinformerConfig) -> nn.Dropout:
-    rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-    return nn.Dropout(rate)
-
-
 class LinformerClassificationHead(nn.Module):
     """Pooling, a dense layer with tanh, and the output layer; with `cls`, BERT's pooler and classifier."""
 
-    def __init__(self, config: LinformerConfig, num_labels: int):
+    def __init__(self, config: LinformerConfig, num_labels: int | None):
         super().__init__()
         self.pooling = config.classifier_pooling
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = head_dropout(config)
-        self.output = nn.Linear(config.hidden_size, num_labels)
+        self.dropout = nn.Dropout(config.head_dropout_prob)
+        self.output = nn.Linear(config.hidden_size, num_labels)  # type: ignore[arg-type]
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
         """hidden_states (B, N, D), attention_mask (B, N) -> logits (B, num_labels)"""
-        mask = token_mask(attention_mask, hidden_states.shape[:2])
+        B, N, _ = hidden_states.shape
+        mask = token_mask(attention_mask, (B, N))
         pool = first_token if self.pooling == "cls" else mean_of_tokens
         pooled = torch.tanh(self.dense(self.dropout(pool(hidden_states, mask))))
         return self.output(self.dropout(pooled))
@@ -636,6 +660,7 @@ class LinformerPreTrainedModel(PreTrainedModel):
     config: LinformerConfig
     config_class = LinformerConfig
     base_model_prefix = "linformer"
+    _input_embed_layer = "word_embeddings"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LinformerEmbeddings", "LinformerLayer"]
     _supports_sdpa = True
@@ -697,12 +722,6 @@ class LinformerModel(LinformerPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.embeddings.word_embeddings = value
-
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -733,31 +752,17 @@ class LinformerModel(LinformerPreTrainedModel):
             ValueError: On rows longer than n, masks that are not (B, N), positions out of range, and on arguments that
                 make no sense for an encoder with a sequence projection.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give either `input_ids` or `inputs_embeds`, not both and not neither.")
         refuse_unsupported(kwargs)
-        given, states = ("input_ids", input_ids) if input_ids is not None else ("inputs_embeds", inputs_embeds)
-        if states.dim() != 2 + (input_ids is None) or states.shape[1] == 0:
-            raise ValueError(
-                f"`{given}` must have the shape (batch, tokens) or (batch, tokens, hidden size), with at least one "
-                f"token, and have {tuple(states.shape)}."
-            )
-        B, N = states.shape[:2]
-        if N > self.config.max_position_embeddings:
-            raise ValueError(
-                f"A row has {N} tokens and the model takes at most n = {self.config.max_position_embeddings} "
-                "(`max_position_embeddings`). Truncate (`tokenizer(..., truncation=True, max_length=n)`), split the "
-                "text, or use a model with a larger n."
-            )
+        B, N = batch_shape(input_ids, inputs_embeds, self.config.max_position_embeddings)
         if input_ids is not None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
-        device = states.device
         mask = token_mask(attention_mask, (B, N))
         if position_ids is not None:
             position_ids = checked_position_ids(position_ids, mask, (B, N), self.config.max_position_embeddings)
-        layout = layout_tokens(mask, position_ids, N, device)
+        layout = layout_tokens(mask, position_ids, N, self.device)
         if position_ids is None:
-            position_ids = torch.arange(N, device=device)[None] if mask is None else count_tokens_before(mask)
+            position_ids = default_position_ids(mask, N, self.device)
+
         hidden_states = self.embeddings(input_ids, inputs_embeds, token_type_ids, position_ids, mask)
         shared_projection = self.projection()[0] if self.projection is not None else None
         for layer in self.layers:
@@ -799,7 +804,7 @@ def sequence_loss(
 
     logits (B, num_labels); labels (B,) for classes, as many as logits for regression and several labels.
     """
-    problem_type = config.problem_type
+    problem_type: str | None = config.problem_type
     if problem_type is None:
         integers = not (labels.is_floating_point() or labels.dtype == torch.bool)
         several = "single_label_classification" if integers else "multi_label_classification"
@@ -920,8 +925,8 @@ class LinformerForTokenClassification(LinformerPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.linformer = LinformerModel(config, add_pooling_layer=False)
-        self.dropout = head_dropout(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.dropout = nn.Dropout(config.head_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]
         self.post_init()
 
     @can_return_tuple
@@ -950,7 +955,7 @@ class LinformerForTokenClassification(LinformerPreTrainedModel):
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:
-            check_labels(labels, self.num_labels)
+            check_labels(labels, self.classifier.out_features)
             loss = self.loss_function(logits, labels, self.config, **kwargs)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
@@ -1034,11 +1039,11 @@ class LinformerForMultipleChoice(LinformerPreTrainedModel):
         Returns:
             `MultipleChoiceModelOutput`: `logits` (B, C).
         """
-        C = input_ids.shape[1] if input_ids is not None else inputs_embeds.shape[1]
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        inputs = [None if states is None else states.flatten(0, 1) for states in inputs]  # (B C, N)
-        outputs = self.linformer(*inputs, return_dict=True, **kwargs)
-        logits = self.classifier(outputs.last_hidden_state, inputs[1]).view(-1, C)
+        C = next(states.shape[1] for states in inputs if states is not None)
+        flat = [None if states is None else states.flatten(0, 1) for states in inputs]  # (B C, N)
+        outputs = self.linformer(*flat, return_dict=True, **kwargs)
+        logits = self.classifier(outputs.last_hidden_state, flat[1]).view(-1, C)
         loss = None
         if labels is not None:
             loss = cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))

@@ -25,7 +25,7 @@ IDS = torch.arange(10).view(2, 5)
         ({"inputs_embeds": torch.zeros(1, 38, 20)}, "38 tokens.*n = 37"),
         ({}, "either `input_ids` or `inputs_embeds`"),
         ({"input_ids": IDS, "inputs_embeds": torch.zeros(2, 5, 20)}, "either `input_ids` or `inputs_embeds`"),
-        ({"input_ids": IDS[0]}, r"`input_ids` must have the shape \(batch, tokens\).*have \(5,\)"),
+        ({"input_ids": IDS[0]}, r"`input_ids` must have the shape \(batch, tokens\).*not \(5,\)"),
         ({"input_ids": IDS[:, :0]}, "at least one token"),
         ({"input_ids": IDS, "attention_mask": torch.ones(2, 1, 5, 5)}, r"\(2, 1, 5, 5\).*3-D, 4-D"),
         ({"input_ids": IDS, "attention_mask": torch.ones(2, 5, 5)}, r"\(2, 5, 5\)"),
