@@ -1,0 +1,143 @@
+"""Metrics as `evaluate.Metric`s that need no network: each is scikit-learn's or scipy's function behind one class.
+
+`evaluate.load("accuracy")` fetches code from the Hub. These are used directly instead:
+
+    Accuracy().compute(predictions=[0, 1, 1], references=[0, 1, 0])     # {'accuracy': 0.666...}
+    F1().compute(predictions=[0, 1, 1], references=[0, 1, 0], average="macro")
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, mean_squared_error
+
+from common import UserError, one_line
+
+
+Values = Sequence[float] | np.ndarray
+ComputeMetrics = Callable[[Values, Values], dict[str, float]]
+
+# Of these a smaller value is the better one.
+LOWER_IS_BETTER = ("loss", "mse")
+
+
+class _Metric(evaluate.Metric):
+    """Takes `predictions` and `references`, a number a row; the first line of the docstring is the description."""
+
+    citation = ""
+    dtype = "int64"
+
+    def __init__(self, **kwargs: Any) -> None:
+        # In memory there is no cache file for several processes to quarrel over.
+        super().__init__(**{"keep_in_memory": True, **kwargs})
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=(self.__doc__ or "").splitlines()[0],
+            citation=self.citation,
+            inputs_description="predictions and references: one number a row, in the same order",
+            features=datasets.Features({name: datasets.Value(self.dtype) for name in ("predictions", "references")}),
+        )
+
+
+class Accuracy(_Metric):
+    """The share of rows whose predicted class is the true one."""
+
+    def _compute(self, predictions: Values, references: Values) -> dict[str, float]:
+        return {"accuracy": float(accuracy_score(references, predictions))}
+
+
+class F1(_Metric):
+    """The harmonic mean of precision and recall.
+
+    `average="binary"` looks at class 1 of two, as GLUE does; `"macro"` is the plain mean over the classes that occur.
+    A class that is never predicted counts as 0.
+    """
+
+    def _compute(self, predictions: Values, references: Values, average: str = "binary") -> dict[str, float]:
+        return {"f1": float(f1_score(references, predictions, average=average, zero_division=0))}
+
+
+class MatthewsCorrelation(_Metric):
+    """Matthews' correlation of predicted and true classes; 0 if either never varies."""
+
+    def _compute(self, predictions: Values, references: Values) -> dict[str, float]:
+        return {"matthews_correlation": float(matthews_corrcoef(references, predictions))}
+
+
+class PearsonSpearman(_Metric):
+    """Pearson's and Spearman's correlation of two columns of numbers.
+
+    0 if either never varies: the correlation is then undefined, and such predictions tell nothing. NaN stays NaN.
+    """
+
+    dtype = "float64"
+
+    def _compute(self, predictions: Values, references: Values) -> dict[str, float]:
+        if np.isnan(predictions).any() or np.isnan(references).any():
+            return {"pearson": float("nan"), "spearman": float("nan")}
+        if np.ptp(predictions) == 0 or np.ptp(references) == 0:
+            return {"pearson": 0.0, "spearman": 0.0}
+        return {
+            "pearson": float(pearsonr(predictions, references).statistic),
+            "spearman": float(spearmanr(predictions, references).statistic),
+        }
+
+
+class MeanSquaredError(_Metric):
+    """The mean of the squared differences."""
+
+    dtype = "float64"
+
+    def _compute(self, predictions: Values, references: Values) -> dict[str, float]:
+        return {"mse": float(mean_squared_error(references, predictions))}
+
+
+OWN_METRICS: dict[str, type[_Metric]] = {
+    "accuracy": Accuracy,
+    "f1": F1,
+    "matthews_correlation": MatthewsCorrelation,
+    "pearson_spearman": PearsonSpearman,
+    "mse": MeanSquaredError,
+}
+
+
+def load_metric(name: str) -> evaluate.EvaluationModule:
+    """A metric of this file by its name, else one that `evaluate.load` finds: a local path or a Hub name."""
+    if name in OWN_METRICS and not Path(name).exists():
+        return OWN_METRICS[name]()
+    try:
+        return evaluate.load(name, keep_in_memory=True)
+    except Exception as error:
+        # The metric's own code runs here, so anything may be raised.
+        raise UserError(
+            f"unknown metric {name!r}, neither one of {list(OWN_METRICS)} nor to be loaded: {one_line(error)}"
+        ) from error
+
+
+def choose_metrics(num_labels: int | None, metric_name: str | None = None) -> ComputeMetrics:
+    """The metrics for classification into `num_labels` classes, or for regression (None), as one function.
+
+    It takes predictions and references and returns a dictionary. `metric_name` adds one more metric.
+    """
+    extra = load_metric(metric_name) if metric_name else None
+
+    def compute_metrics(predictions: Values, references: Values) -> dict[str, float]:
+        both = {"predictions": predictions, "references": references}
+        if num_labels is None:
+            values = {**PearsonSpearman().compute(**both), **MeanSquaredError().compute(**both)}
+        else:
+            values = {**Accuracy().compute(**both), "f1_macro": F1().compute(**both, average="macro")["f1"]}
+            if num_labels == 2:
+                values |= F1().compute(**both)
+            values |= MatthewsCorrelation().compute(**both)
+        if extra is not None:
+            values |= {key: float(value) for key, value in extra.compute(**both).items()}
+        return values
+
+    return compute_metrics

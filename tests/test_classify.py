@@ -1,0 +1,163 @@
+"""scripts/classify.py, also in fresh processes, on a Linformer that was saved with its code."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from common import UserError
+from hf_linformer import LinformerConfig, LinformerForSequenceClassification
+
+
+ROOT = Path(__file__).resolve().parent.parent
+LABELS = ["1790-1860", "1861-1912", "1913-1945"]
+TEXTS = [
+    "Our farmers ask for canals.",
+    "The railroads and the silver coinage.",
+    "We shall build aeroplanes – and ships.",
+]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A Linformer with random weights that are large enough to tell texts apart, cut at 24 tokens."""
+    folder = tmp_path_factory.mktemp("classify") / "model"
+    torch.manual_seed(0)
+    config = LinformerConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        projected_length=8,
+        projection_type="mean_pool",
+        classifier_pooling="mean",
+        initializer_range=0.5,
+        id2label=dict(enumerate(LABELS)),
+        label2id={name: index for index, name in enumerate(LABELS)},
+        problem_type="single_label_classification",
+    )
+    LinformerForSequenceClassification(config).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tokenizer")
+    tokenizer.model_max_length = 24
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(saved) -> list[list[float]]:
+    """The probabilities of the classes for TEXTS, one text at a time."""
+    model = LinformerForSequenceClassification.from_pretrained(saved).eval()
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    with torch.no_grad():
+        logits = [model(**tokenizer(text, return_tensors="pt")).logits[0] for text in TEXTS]
+    return [row.softmax(-1).tolist() for row in logits]
+
+
+def in_process(saved: Path, *options: str) -> None:
+    import classify
+
+    classify.main(["--model_name_or_path", str(saved), *options])
+
+
+def test_arguments_in_a_fresh_process(saved, expected):
+    command = [sys.executable, str(ROOT / "scripts" / "classify.py"), "--model_name_or_path", str(saved), *TEXTS[:2]]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    for line, row in zip(done.stdout.splitlines(), expected[:2], strict=True):
+        assert line == f"{LABELS[row.index(max(row))]} {max(row):.3f}"
+
+
+def test_standard_input_in_a_fresh_process_with_the_saved_code(saved, expected, tmp_path):
+    # A package of the same name that cannot be imported: the code in the model's folder is what runs.
+    (tmp_path / "hf_linformer.py").write_text("raise ImportError('the saved code must do')\n")
+    command = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.path.insert(1, {str(ROOT / 'scripts')!r})\n"
+    command += "import classify; classify.main()"
+    options = ["--model_name_or_path", str(saved), "--output_format", "jsonl", "--top_k", "9"]
+    options += ["--per_device_eval_batch_size", "2"]
+    lines = f"{TEXTS[0]}\n\n{TEXTS[1]}\n{TEXTS[2]}\n"
+    done = subprocess.run(
+        [sys.executable, "-c", command, *options], input=lines, capture_output=True, text=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == ["warning: text 2 is empty and is left out"]
+    for line, text, row in zip(done.stdout.splitlines(), TEXTS, expected, strict=True):
+        found = json.loads(line)
+        assert found["text"] == text
+        scores = {prediction["label"]: prediction["score"] for prediction in found["predictions"]}
+        assert scores == pytest.approx(dict(zip(LABELS, row)), abs=1e-5)
+        assert list(scores.values()) == sorted(scores.values(), reverse=True)
+
+
+def test_nothing_to_classify_is_refused(saved, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n  \n"))
+    with pytest.raises(UserError, match="there is nothing to classify"):
+        in_process(saved)
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("is empty and is left out") == 2
+
+
+def test_top_k(saved, expected, capsys):
+    in_process(saved, TEXTS[0], "--top_k", "2")
+    best = sorted(zip(expected[0], LABELS), reverse=True)[:2]
+    assert capsys.readouterr().out == "  ".join(f"{label} {score:.3f}" for score, label in best) + "\n"
+
+
+def test_a_long_text_is_cut_and_says_how_much(saved, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    long = "canals " * 60
+    count = len(tokenizer(long, verbose=False)["input_ids"])
+    kept = tokenizer.decode(tokenizer(long, truncation=True)["input_ids"], skip_special_tokens=True)
+    in_process(saved, long, kept)
+    printed = capsys.readouterr()
+    assert (
+        f"text 1 has {count} tokens, of which the model reads the first 24; {1 - 24 / count:.0%} is cut" in printed.err
+    )
+    assert "text 2" not in printed.err
+    first, second = printed.out.splitlines()
+    assert first == second
+
+
+def test_pairs(saved, capsys):
+    in_process(saved, "one\ttwo", "--pairs")
+    model = LinformerForSequenceClassification.from_pretrained(saved).eval()
+    with torch.no_grad():
+        logits = model(**AutoTokenizer.from_pretrained(saved)("one", "two", return_tensors="pt")).logits[0]
+    best = int(logits.argmax())
+    assert capsys.readouterr().out == f"{LABELS[best]} {logits.softmax(-1)[best]:.3f}\n"
+    with pytest.raises(UserError, match="text 1 must be two with one tab between them"):
+        in_process(saved, "one", "--pairs")
+
+
+def test_regression_prints_the_number(saved, tmp_path, capsys):
+    torch.manual_seed(1)
+    config = LinformerConfig.from_pretrained(saved, num_labels=1, problem_type="regression")
+    model = LinformerForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    tokenizer.save_pretrained(tmp_path)
+    in_process(tmp_path, TEXTS[0])
+    with torch.no_grad():
+        value = model(**tokenizer(TEXTS[0], return_tensors="pt")).logits.item()
+    assert capsys.readouterr().out == f"value {value:.3f}\n"
+
+
+def test_bad_input_is_refused(saved, tmp_path):
+    with pytest.raises(UserError, match="the text to classify is empty"):
+        in_process(saved, "  ")
+    with pytest.raises(UserError, match="cannot load the model .*nowhere"):
+        in_process(tmp_path / "nowhere", "text")
+    with pytest.raises(UserError, match="--top_k must be at least 1, not 0"):
+        in_process(saved, "text", "--top_k", "0")
+    half = tmp_path / "half"
+    half.mkdir()
+    for path in saved.iterdir():
+        if path.is_file():
+            half.joinpath(path.name).write_bytes(path.read_bytes()[: -200 if path.suffix == ".safetensors" else None])
+    with pytest.raises(UserError, match="cannot load the model .*half"):
+        in_process(half, "text")

@@ -1,0 +1,709 @@
+"""scripts/finetune.py and what it stands on, with real tiny models on tasks that can be learnt."""
+
+import csv
+import gzip
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from datasets import ClassLabel, Dataset, DatasetDict
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+
+import baseline
+import checkpointing
+import common
+import finetune
+from common import DataArguments, UserError, load_examples
+
+
+ROOT = Path(__file__).resolve().parent.parent
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+SIZES = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 32,
+}
+# A run of 4 epochs of 12 steps, about half a second; later options override.
+FAST = ["--learning_rate", "1e-2", "--num_train_epochs", "4", "--per_device_train_batch_size", "8", "--seed", "3"]
+
+
+def sentences(label: str, count: int, seed: int) -> list[str]:
+    """Sentences of 4 to 16 words that name one of two colours once and so are told apart by it."""
+    generator = random.Random(seed)
+    words = "the a farmer river ship letter law bank road court peace war grain year".split()
+    rows = []
+    for _ in range(count):
+        row = [generator.choice(words) for _ in range(generator.randint(3, 15))]
+        row.insert(generator.randrange(len(row)), {"warm": "crimson", "cold": "azure"}[label])
+        rows.append(" ".join(row))
+    return rows
+
+
+def frame(count: int, seed: int) -> pd.DataFrame:
+    labels = ["warm", "cold"] * (count // 2)
+    texts = [sentences(label, 1, seed + index)[0] for index, label in enumerate(labels)]
+    return pd.DataFrame({"text": texts, "label": labels})
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps one state a process; each run here is a process of its own as far as it can tell."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A tokenizer, configurations and data files."""
+    folder = tmp_path_factory.mktemp("finetune")
+    train, validation = frame(96, seed=0), frame(16, seed=1000)
+    train.to_csv(folder / "train.csv", index=False)
+    validation.to_csv(folder / "validation.csv", index=False)
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(train["text"], trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(folder / "tokenizer")
+
+    linformer = {"model_type": "linformer", **SIZES, "projected_length": 8, "projection_type": "mean_pool"}
+    linformer |= {"local_window": 4, "classifier_pooling": "mean"}
+    (folder / "linformer.json").write_text(json.dumps(linformer))
+    (folder / "bert.json").write_text(json.dumps({"model_type": "bert", **SIZES}))
+    (folder / "roberta.json").write_text(json.dumps({"model_type": "roberta", **SIZES}))
+    return folder
+
+
+@pytest.fixture
+def options(folder, tmp_path) -> Callable[..., list[str]]:
+    """Options of a run from scratch; those given come last and so override."""
+
+    def make(*given: str, model: str = "linformer", output: str = "out") -> list[str]:
+        files = ["--train_file", str(folder / "train.csv"), "--validation_file", str(folder / "validation.csv")]
+        scratch = ["--config_name", str(folder / f"{model}.json"), "--tokenizer_name", str(folder / "tokenizer")]
+        return [*files, *scratch, *FAST, "--output_dir", str(tmp_path / output), *map(str, given)]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained(folder) -> Path:
+    """A run to its end, with a checkpoint every two steps."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    files = ["--train_file", str(folder / "train.csv"), "--validation_file", str(folder / "validation.csv")]
+    scratch = ["--config_name", str(folder / "linformer.json"), "--tokenizer_name", str(folder / "tokenizer")]
+    output = ["--output_dir", str(folder / "trained"), "--checkpointing_steps", "2"]
+    finetune.main([*files, *scratch, *FAST, *output])
+    return folder / "trained"
+
+
+def results(output_dir: Path) -> dict:
+    return json.loads((output_dir / "all_results.json").read_text())
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    return (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+# What a run gives
+
+
+def test_it_learns_and_says_so(options, tmp_path, capsys):
+    finetune.main(options())
+    found = results(tmp_path / "out")
+    assert found["eval_accuracy"] == 1.0 and found["majority_accuracy"] == 0.5
+    assert found["cut_share_train"] == found["cut_share_validation"] == 0
+    assert [row["step"] for row in found["history"]] == [12, 24, 36, 48]
+    printed = capsys.readouterr().out
+    assert re.search(r"epoch +step +train_loss +eval_loss +eval_accuracy", printed)
+    assert re.search(r"best_epoch +" + str(found["best_epoch"]), printed)
+    assert "majority_accuracy" in printed and "tokens_per_second" in printed
+
+
+def test_the_saved_folder_is_whole(trained):
+    files = {path.name for path in trained.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "training_args.json", "all_results.json"} <= files
+    assert {"configuration_linformer.py", "modeling_linformer.py"} <= files
+    assert not [name for name in files if "partial" in name]
+    config = json.loads((trained / "config.json").read_text())
+    assert config["id2label"] == {"0": "cold", "1": "warm"} and config["label2id"] == {"cold": 0, "warm": 1}
+    assert config["problem_type"] == "single_label_classification"
+    assert "AutoModelForMaskedLM" in config["auto_map"]
+    assert json.loads((trained / "training_args.json").read_text())["learning_rate"] == 1e-2
+
+
+@pytest.mark.parametrize("model", ["bert", "roberta"])
+def test_twins_are_trained_by_the_same_code(options, tmp_path, model):
+    finetune.main(options("--learning_rate", "3e-3", "--num_train_epochs", 8, model=model))
+    assert results(tmp_path / "out")["eval_accuracy"] == 1.0
+
+
+def test_the_best_epoch_is_saved_and_not_the_last(options, folder, tmp_path):
+    finetune.main(options("--num_train_epochs", 6))
+    found = results(tmp_path / "out")
+    history, best = found["history"], found["best_epoch"]
+    accuracies = [row["eval_accuracy"] for row in history]
+    assert best == accuracies.index(max(accuracies)) + 1 < 6
+    assert history[best - 1]["eval_loss"] > 1.1 * history[-1]["eval_loss"]
+
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    rows = pd.read_csv(folder / "validation.csv")
+    labels = torch.tensor([model.config.label2id[name] for name in rows["label"]])
+    with torch.no_grad():
+        loss = model(**tokenizer(list(rows["text"]), padding=True, return_tensors="pt"), labels=labels).loss.item()
+    assert loss == pytest.approx(history[best - 1]["eval_loss"], rel=1e-4)
+    kept = {history[best - 1]["step"], history[-2]["step"], history[-1]["step"]}
+    assert set(checkpointing.list_checkpoints(tmp_path / "out")) == kept
+
+
+def test_early_stopping(options, tmp_path):
+    finetune.main(
+        options(
+            "--learning_rate", 0.1, "--num_train_epochs", 9, "--metric_for_best_model", "loss", "--max_grad_norm", 0
+        )
+        + ["--early_stopping_patience", "1"]
+    )
+    history = results(tmp_path / "out")["history"]
+    assert len(history) < 9
+    assert history[-1]["eval_loss"] >= min(row["eval_loss"] for row in history[:-1])
+
+
+def test_going_on_from_a_saved_model_keeps_its_labels(options, trained, folder, tmp_path):
+    rows = pd.read_csv(folder / "train.csv").replace({"warm": "hot", "cold": "arctic"})
+    rows.to_csv(tmp_path / "renamed.csv", index=False)
+    start = ["--model_name_or_path", str(trained), "--output_dir"]
+    files = ["--train_file", str(folder / "train.csv"), "--validation_file", str(folder / "validation.csv")]
+    finetune.main([*start, str(tmp_path / "a"), *files, "--learning_rate", "1e-6", "--num_train_epochs", "1"])
+    assert results(tmp_path / "a")["eval_accuracy"] == 1.0
+    finetune.main(
+        [*start, str(tmp_path / "b"), "--train_file", str(tmp_path / "renamed.csv"), "--max_train_steps", "1"]
+    )
+    assert AutoConfig.from_pretrained(tmp_path / "b").label2id == {"arctic": 0, "hot": 1}
+
+
+def test_regression(options, tmp_path):
+    rows = frame(96, seed=0)
+    rows["score"] = [2.5 if label == "warm" else -2.5 for label in rows["label"]]
+    rows[["text", "score"]].to_json(tmp_path / "scores.jsonl", orient="records", lines=True)
+    files = ["--train_file", tmp_path / "scores.jsonl", "--validation_file", tmp_path / "scores.jsonl"]
+    finetune.main(options(*files, "--label_column", "score", "--num_train_epochs", 6))
+    found = results(tmp_path / "out")
+    assert found["eval_pearson"] > 0.95 and "majority_accuracy" not in found
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["problem_type"] == "regression" and len(config["id2label"]) == 1
+
+
+def test_pairs(options, tmp_path):
+    # The second text tells the answer; the first, which comes before it, is chance.
+    rows = frame(96, seed=0).rename(columns={"text": "sentence"})
+    rows.insert(0, "question", frame(192, seed=7)["text"][::2].sample(frac=1, random_state=0).to_list())
+    rows.to_parquet(tmp_path / "pairs.parquet")
+    files = ["--train_file", tmp_path / "pairs.parquet", "--validation_file", tmp_path / "pairs.parquet"]
+    finetune.main(options(*files, "--config_overrides", "max_position_embeddings=64"))
+    assert results(tmp_path / "out")["eval_accuracy"] == 1.0
+
+
+def test_real_documents_from_a_yaml_file(folder, tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        f"config_name: {folder / 'linformer.json'}\n"
+        f"tokenizer_name: {folder / 'tokenizer'}\n"
+        f"train_file: [{ROOT / 'data/sotu/train.parquet'}]\n"
+        f"validation_file: [{ROOT / 'data/sotu/dev.parquet'}]\n"
+        "label_column: label_text\n"
+        "config_overrides: max_position_embeddings=1500,projection_type=linear,local_window=0\n"
+        "max_train_samples: 12\nmax_eval_samples: 6\nmax_train_steps: 2\nlearning_rate: 1e-4\n"
+        f"output_dir: {tmp_path / 'ignored'}\n"
+    )
+    finetune.main([str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "out"), "--max_length", "1400"])
+    assert not (tmp_path / "ignored").exists()
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.projection_type == "linear" and config.max_position_embeddings == 1500
+    assert list(config.label2id) == ["1790-1860", "1861-1912", "1913-1945", "1946-1980", "1981-2021"]
+    assert results(tmp_path / "out")["cut_share_train"] == 1.0
+
+
+def test_everything_at_once(options, folder, tmp_path):
+    (tmp_path / "errors.py").write_text(
+        "import datasets\nimport evaluate\n"
+        "class Errors(evaluate.Metric):\n"
+        "    def _info(self):\n"
+        "        features = datasets.Features({n: datasets.Value('int64') for n in ('predictions', 'references')})\n"
+        "        return evaluate.MetricInfo(description='', citation='', features=features)\n"
+        "    def _compute(self, predictions, references):\n"
+        "        return {'errors': sum(p != r for p, r in zip(predictions, references))}\n"
+    )
+    finetune.main(
+        options("--mixed_precision", "bf16", "--gradient_checkpointing", "--gradient_accumulation_steps", 2)
+        + ["--with_tracking", "--report_to", "tensorboard", "--run_name", "all", "--weight_decay", "0.1"]
+        + [
+            "--lr_scheduler_type",
+            "cosine",
+            "--num_warmup_steps",
+            "0.2",
+            "--no_group_by_length",
+            "--pad_to_multiple_of",
+            "8",
+        ]
+        + ["--metric_name", str(tmp_path / "errors.py"), "--test_file", str(folder / "validation.csv")]
+        + ["--preprocessing_num_workers", "2", "--results_file", str(tmp_path / "results.csv")]
+    )
+    found = results(tmp_path / "out")
+    assert found["test_errors"] == round(16 * (1 - found["test_accuracy"]))
+    assert list((tmp_path / "out" / "all").glob("events.*"))
+    (row,) = csv.DictReader((tmp_path / "results.csv").open())
+    assert row["projection_type"] == "mean_pool" and row["projected_length"] == "8" and row["local_window"] == "4"
+    assert row["seed"] == "3" and "--mixed_precision bf16" in row["command"] and row["torch"] == torch.__version__
+    assert float(row["eval_accuracy"]) == pytest.approx(found["eval_accuracy"])
+
+
+# Data sets
+
+
+@pytest.fixture
+def formats(folder, tmp_path) -> dict[str, DataArguments]:
+    """The same rows in every form that is understood."""
+    splits = {name: pd.read_csv(folder / f"{name}.csv") for name in ("train", "validation")}
+    writers = {
+        "csv": lambda rows, path: rows.to_csv(path, index=False),
+        "csv.gz": lambda rows, path: rows.to_csv(path, index=False),
+        "tsv": lambda rows, path: rows.to_csv(path, index=False, sep="\t"),
+        "json": lambda rows, path: path.write_text(rows.to_json(orient="records")),
+        "jsonl": lambda rows, path: rows.to_json(path, orient="records", lines=True),
+        "jsonl.gz": lambda rows, path: rows.to_json(path, orient="records", lines=True),
+        "parquet": lambda rows, path: rows.to_parquet(path),
+    }
+    made = {}
+    for suffix, write in writers.items():
+        paths = {name: tmp_path / f"{name}.{suffix}" for name in splits}
+        for name, rows in splits.items():
+            write(rows, paths[name])
+        made[suffix] = DataArguments(train_file=[str(paths["train"])], validation_file=[str(paths["validation"])])
+    (tmp_path / "folder").mkdir()
+    for name in splits:
+        shutil.copy(tmp_path / f"{name}.parquet", tmp_path / "folder" / f"{name}.parquet")
+    made["folder"] = DataArguments(dataset_name=str(tmp_path / "folder"))
+    saved = DatasetDict({name: Dataset.from_pandas(rows) for name, rows in splits.items()})
+    feature = ClassLabel(names=["cold", "warm"])
+    DatasetDict({name: rows.cast_column("label", feature) for name, rows in saved.items()}).save_to_disk(
+        tmp_path / "saved"
+    )
+    made["save_to_disk, ClassLabel"] = DataArguments(dataset_name=str(tmp_path / "saved"))
+    return made
+
+
+def test_every_format_gives_the_same_examples(formats, folder):
+    expected = pd.read_csv(folder / "train.csv")
+    for name, arguments in formats.items():
+        splits, label_names = load_examples(arguments, seed=0)
+        assert label_names == ["cold", "warm"], name
+        assert splits["train"]["text"][:] == list(expected["text"]), name
+        assert [label_names[label] for label in splits["train"]["label"]] == list(expected["label"]), name
+        assert len(splits["validation"]) == 16, name
+
+
+def test_words_that_csv_readers_take_for_missing_are_texts(tmp_path):
+    (tmp_path / "words.csv").write_text('text,label\nNA,1\nnull,2\n"None",1\n"",2\n')
+    splits, label_names = load_examples(
+        DataArguments(train_file=[str(tmp_path / "words.csv")], validation_file=[str(tmp_path / "words.csv")]), seed=0
+    )
+    assert splits["train"]["text"][:] == ["NA", "null", "None", ""]
+    assert label_names == ["1", "2"] and splits["train"]["label"][:] == [0, 1, 0, 1]
+
+
+def test_numbers_are_ordered_as_numbers(tmp_path):
+    pd.DataFrame({"review": ["x"] * 22, "label": [10, 9, 2] * 7 + [2]}).to_csv(tmp_path / "stars.csv", index=False)
+    splits, label_names = load_examples(DataArguments(train_file=[str(tmp_path / "stars.csv")]), seed=0)
+    assert label_names == ["2", "9", "10"]
+    assert len(splits["validation"]) == 2 and len(splits["train"]) == 20
+
+
+def test_samples_are_drawn_by_the_seed(folder):
+    files = {"train_file": [str(folder / "train.csv")], "validation_file": [str(folder / "validation.csv")]}
+    arguments = DataArguments(**files, max_train_samples=10, max_eval_samples=4)
+    drawn = [load_examples(arguments, seed=seed)[0] for seed in (1, 1, 2)]
+    texts = [splits["train"]["text"][:] for splits in drawn]
+    assert texts[0] == texts[1] != texts[2] and len(texts[0]) == 10
+    assert len(drawn[0]["validation"]) == 4
+
+
+# One optimizer step
+
+
+@pytest.mark.parametrize("model_type", ["linformer", "bert"])
+@pytest.mark.parametrize("rows", [8, 7], ids=["full", "tail"])
+def test_a_step_is_the_same_however_it_is_divided(folder, model_type, rows):
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    examples = pd.read_csv(folder / "train.csv")[:rows]
+    encoded = tokenizer(list(examples["text"]), padding=True, return_tensors="pt")
+    batch = {**encoded, "labels": torch.tensor([int(label == "warm") for label in examples["label"]])}
+    batch.pop("token_type_ids", None)
+    config = AutoConfig.from_pretrained(folder / f"{model_type}.json")
+    stepped = {}
+    for size in (8, 4, 2, 1):
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_config(config).eval()
+        accelerator = Accelerator(cpu=True)
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+        starts = range(0, rows, size)
+        micro_batches = [{name: value[start : start + size] for name, value in batch.items()} for start in starts]
+        loss = finetune.optimizer_step(accelerator, model, optimizer, micro_batches, max_grad_norm=0.0)
+        stepped[size] = torch.cat([parameter.detach().flatten() for parameter in model.parameters()]), loss
+    start = torch.manual_seed(0) and AutoModelForSequenceClassification.from_config(config)
+    moved = stepped[8][0] - torch.cat([parameter.detach().flatten() for parameter in start.parameters()])
+    assert moved.abs().max() > 1e-3
+    for size in (4, 2, 1):
+        torch.testing.assert_close(stepped[size][0], stepped[8][0], rtol=0, atol=1e-6)
+        assert stepped[size][1] == pytest.approx(stepped[8][1], abs=1e-6)
+
+
+def test_accumulation_takes_the_same_rows_in_the_same_order(options, tmp_path):
+    without_dropout = "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
+    for size, steps in ((8, 1), (2, 4)):
+        finetune.main(
+            options("--per_device_train_batch_size", size, "--gradient_accumulation_steps", steps, output=f"{size}")
+            + ["--config_overrides", without_dropout, "--max_train_samples", "44", "--num_train_epochs", "1"]
+        )
+    whole, parts = (results(tmp_path / name)["history"] for name in ("8", "2"))
+    assert whole[0]["step"] == parts[0]["step"] == 6
+    assert parts[0]["train_loss"] == pytest.approx(whole[0]["train_loss"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(options, tmp_path):
+    without_dropout = ["--config_overrides", "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"]
+    common_options = [*without_dropout, "--num_train_epochs", "1", "--max_train_samples", "88"]
+    finetune.main(options(*common_options, output="one"))
+    two = options(
+        *common_options, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, output="two"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(ROOT / "scripts" / "finetune.py"), *two], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (alone,), (together,) = (results(tmp_path / name)["history"] for name in ("one", "two"))
+    assert together == pytest.approx(alone, abs=1e-4) and together["step"] == 11
+
+
+# Checkpoints
+
+
+def test_it_resumes_exactly_after_being_killed_at_any_moment(options, trained, tmp_path):
+    pytest.importorskip("fcntl", reason="processes are forked from a server that has imported torch already")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["finetune"])
+    arguments = options("--checkpointing_steps", 2, "--resume_from_checkpoint", "last")
+    output_dir, generator = tmp_path / "out", random.Random(0)
+
+    def run(until: Callable[[], bool]) -> int | None:
+        process = context.Process(target=finetune.main, args=(arguments,))
+        process.start()
+        deadline = time.monotonic() + 60
+        while process.is_alive() and time.monotonic() < deadline and not until():
+            time.sleep(0.0005)
+        process.kill()
+        process.join()
+        return process.exitcode
+
+    def writing_a_checkpoint() -> bool:
+        return (output_dir / ".checkpoint.partial" / "model.safetensors").exists()
+
+    def some_time_after(step: int) -> Callable[[], bool]:
+        moment = generator.uniform(0, 0.1)
+        seen: list[float] = []
+
+        def until() -> bool:
+            if not seen and (output_dir / f"checkpoint-{step}").exists():
+                seen.append(time.monotonic())
+            return bool(seen) and time.monotonic() - seen[0] > moment
+
+        return until
+
+    kills = [run(until) for until in (writing_a_checkpoint, some_time_after(16), some_time_after(30))]
+    assert kills[0] == -9 and not (output_dir / "all_results.json").exists()
+    assert run(lambda: False) == 0
+    assert same_weights(output_dir, trained)
+    kept = ("epoch", "step", "train_loss", "eval_loss", "eval_accuracy")
+    histories = [[[row[name] for name in kept] for row in results(path)["history"]] for path in (output_dir, trained)]
+    assert histories[0] == histories[1]
+    assert not list(output_dir.glob(".*"))
+
+
+@pytest.fixture
+def interrupted(trained, tmp_path) -> Path:
+    """The folder of the trained run as it was when its last checkpoint but one, in mid-epoch, had been written."""
+    skip = shutil.ignore_patterns("checkpoint-48", "*.safetensors", "*.json")
+    shutil.copytree(trained, tmp_path / "out", ignore=skip)
+    for path in checkpointing.list_checkpoints(tmp_path / "out").values():
+        shutil.copytree(trained / path.name, path, dirs_exist_ok=True)
+    assert 46 in checkpointing.list_checkpoints(tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_a_damaged_checkpoint_is_passed_over(options, interrupted, trained, capsys):
+    shutil.copytree(interrupted / "checkpoint-46", interrupted / "checkpoint-48")
+    weights = interrupted / "checkpoint-48" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (interrupted / "checkpoint-50").mkdir()
+    finetune.main(options("--resume_from_checkpoint", "last", "--checkpointing_steps", 2))
+    warned = capsys.readouterr().err
+    assert "checkpoint-50 is damaged" in warned and "checkpoint-48 is damaged" in warned
+    assert same_weights(interrupted, trained)
+
+
+def test_a_finished_run_resumes_to_itself(options, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "out")
+    finetune.main(options("--resume_from_checkpoint", "last", "--results_file", tmp_path / "results.csv"))
+    assert same_weights(tmp_path / "out", trained)
+    assert not (tmp_path / "results.csv").exists()
+
+
+def test_resuming_with_nothing_there_starts_from_the_beginning(options, tmp_path, capsys):
+    finetune.main(options("--resume_from_checkpoint", "last", "--max_train_steps", 1))
+    assert f"nothing to resume in {tmp_path / 'out'}: starting from the beginning" in capsys.readouterr().out
+    assert results(tmp_path / "out")["history"][-1]["step"] == 1
+
+
+def test_resuming_as_another_run_is_refused(options, interrupted):
+    with pytest.raises(UserError, match="learning_rate was 0.01 and is 0.001; num_train_epochs was 4 and is 5"):
+        finetune.main(options("--resume_from_checkpoint", "last", "--learning_rate", "1e-3", "--num_train_epochs", 5))
+
+
+def test_a_checkpoint_of_elsewhere_or_damaged_is_refused(options, trained, interrupted, tmp_path):
+    with pytest.raises(UserError, match="is not among the checkpoints of"):
+        finetune.main(options("--resume_from_checkpoint", trained / "checkpoint-46"))
+    (interrupted / "checkpoint-46" / "optimizer.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="checkpoint-46 is damaged"):
+        finetune.main(options("--resume_from_checkpoint", interrupted / "checkpoint-46"))
+
+
+def test_checkpoints_hold_no_code(trained):
+    """Everything but the states of the random generators, which are not used, loads without unpickling objects."""
+    checkpoint = trained / "checkpoint-48"
+    assert {path.name for path in checkpoint.iterdir() if path.suffix in (".bin", ".pkl")} == {
+        "optimizer.bin",
+        "scheduler.bin",
+        "random_states_0.pkl",
+    }
+    for name in ("optimizer.bin", "scheduler.bin"):
+        assert torch.load(checkpoint / name, weights_only=True)
+    assert load_file(checkpoint / "model.safetensors")
+
+
+def test_a_folder_with_a_model_is_left_alone(options, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="already holds a model.*--overwrite_output_dir"):
+        finetune.main(options("--seed", 9))
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    finetune.main(options("--seed", 9, "--overwrite_output_dir", "--max_train_steps", 1))
+    assert not same_weights(tmp_path / "out", trained)
+    assert set(checkpointing.list_checkpoints(tmp_path / "out")) == {1}
+
+
+# Bad input
+
+
+def write_csv(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+BAD_DATA = {
+    "text,label\n": "holds no rows",
+    "": "is empty",
+    "words,label\na,x\nb,y\n": r"has no column 'text'; it has \['words', 'label'\]",
+    "text,kind\na,x\nb,y\n": r"no label column found among \['text', 'kind'\]",
+    "text,label\na,x\nb,x\n": "one label only, 'x'",
+    "text,label\na,-1\nb,1\n": "labels outside 0 to any positive number in rows 1",
+    "text,label\na,cold\nb,warm\nc,tepid\n": r"validation set has .*\['cold', 'tepid', 'warm'\] not seen in training",
+    "text,label\n1,x\n2,y\n": "holds .*int64.*, not text",
+}
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_DATA.items(), ids=range(len(BAD_DATA)))
+def test_bad_data_is_refused(options, folder, tmp_path, content, message):
+    bad = write_csv(tmp_path / "bad.csv", content)
+    good = write_csv(tmp_path / "good.csv", "text,label\na,x\nb,y\n")
+    files = ["--train_file", bad, "--validation_file", good]
+    if "tepid" in content:
+        files = ["--train_file", good, "--validation_file", bad]
+    with pytest.raises(UserError, match=message):
+        finetune.main(options(*files, "--text_column", "text"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_labels_and_texts_name_their_rows(tmp_path):
+    rows = pd.DataFrame({"text": ["a", None, "c", None], "label": ["x", "y", "x", "y"]})
+    rows.to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match="'text' of the train set has no text in rows 2, 4"):
+        load_examples(DataArguments(train_file=[str(tmp_path / "rows.parquet")]), seed=0)
+    rows.assign(text="a", label=["x", None, "y", "x"]).to_parquet(tmp_path / "labels.parquet")
+    with pytest.raises(UserError, match="'label' of the train set has no label in rows 2"):
+        load_examples(DataArguments(train_file=[str(tmp_path / "labels.parquet")]), seed=0)
+    rows.assign(text="a", label=[0.5, 1.5, float("inf"), 2]).to_parquet(tmp_path / "scores.parquet")
+    with pytest.raises(UserError, match="must hold finite numbers; rows 3 do not"):
+        load_examples(DataArguments(train_file=[str(tmp_path / "scores.parquet")]), seed=0)
+    with pytest.raises(UserError, match="holds numbers such as 0.5, not classes"):
+        arguments = DataArguments(train_file=[str(tmp_path / "scores.parquet")], do_regression=False)
+        load_examples(arguments, seed=0)
+    labels = Dataset.from_dict({"text": ["a", "b"], "label": [0, -1]}).cast_column(
+        "label", ClassLabel(names=["x", "y"])
+    )
+    DatasetDict({"train": labels}).save_to_disk(tmp_path / "hub")
+    with pytest.raises(UserError, match="labels outside 0 to 1 in rows 2"):
+        load_examples(DataArguments(dataset_name=str(tmp_path / "hub")), seed=0)
+
+
+BAD_OPTIONS = {
+    "no data": ([], "no training data"),
+    "missing file": (["--train_file", "nowhere.csv"], "nowhere.csv does not exist"),
+    "unknown type": (["--train_file", "data.xlsx"], r"unknown type \['.xlsx'\]"),
+    "no such data set": (["--dataset_name", "nobody/nothing"], "cannot load the data set nobody/nothing"),
+    "three texts": (["--text_column", "a", "b", "c"], "one column, or two"),
+    "too long": (["--max_length", "33"], "--max_length 33 .* 32 tokens, of max_position_embeddings 32"),
+    "too long when padded": (["--max_length", "31", "--pad_to_multiple_of", "10"], "multiple of 10"),
+    "unknown metric": (["--metric_name", "exactitude"], "unknown metric 'exactitude'"),
+    "unknown best metric": (["--metric_for_best_model", "bleu"], r"bleu is not one of \['accuracy'"),
+    "no model": (["--config_name", "nowhere.json"], "cannot use the configuration nowhere.json"),
+    "both models": (["--model_name_or_path", "somewhere"], "either --model_name_or_path"),
+    "unknown override": (["--config_overrides", "depth=3"], r"has no \['depth'\] to override"),
+    "no override": (["--config_overrides", "depth"], "takes key=value"),
+    "k > n": (["--config_overrides", "projected_length=64"], "projected_length.*n = 32"),
+    "small vocabulary": (["--config_overrides", "vocab_size=50"], "entries, the model .* only 50"),
+    "batch size": (["--per_device_train_batch_size", "0"], "must be at least 1, not 0"),
+    "checkpointing": (["--checkpointing_steps", "often"], "'epoch' or a number of steps, not 'often'"),
+    "split": (["--validation_split_percentage", "0.1"], "cannot hold out 0.1 %"),
+    "tracker": (["--with_tracking", "--report_to", "paper"], "paper"),
+    "scheduler": (["--lr_scheduler_type", "cosine_with_min_lr"], "cannot use --lr_scheduler_type"),
+    "option": (["--learnin_rate", "1"], "unknown arguments --learnin_rate 1"),
+    "value": (["--learning_rate", "fast"], "invalid float value: 'fast'"),
+    "diverging": (["--learning_rate", "1e30", "--max_grad_norm", "0"], "training has diverged"),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys())
+def test_bad_options_are_refused(options, folder, tmp_path, given, message):
+    arguments = options(*given)
+    drop = {"no data": 4, "no such data set": 4, "split": 2}
+    for name, count in drop.items():
+        if given == BAD_OPTIONS[name][0]:
+            start = 0 if count == 4 else 2
+            del arguments[start : start + count]
+    with pytest.raises(UserError, match=message) as caught:
+        finetune.main(arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_model_is_refused(trained, folder, tmp_path):
+    files = ["--train_file", str(folder / "train.csv"), "--output_dir", str(tmp_path / "out")]
+
+    def start_from(name: str, spoil: Callable[[Path], object]) -> list[str]:
+        shutil.copytree(trained, tmp_path / name, ignore=shutil.ignore_patterns("checkpoint-*"))
+        spoil(tmp_path / name)
+        return [*files, "--model_name_or_path", str(tmp_path / name)]
+
+    weights = (trained / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="cannot load the model .*half, which may be incomplete"):
+        finetune.main(start_from("half", lambda path: (path / "model.safetensors").write_bytes(weights[:-1000])))
+    with pytest.raises(UserError, match="cannot load the model .*weightless"):
+        finetune.main(start_from("weightless", lambda path: (path / "model.safetensors").unlink()))
+    with pytest.raises(UserError, match="cannot use the configuration .*nameless"):
+        finetune.main(start_from("nameless", lambda path: (path / "config.json").unlink()))
+
+    def lose_a_layer(path: Path) -> None:
+        from safetensors.torch import save_file
+
+        tensors = load_file(path / "model.safetensors")
+        kept = {name: tensor for name, tensor in tensors.items() if not re.search(r"\.1\.", name)}
+        assert len(kept) < len(tensors)
+        save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(UserError, match="is incomplete: .* weights are missing"):
+        finetune.main(start_from("layerless", lose_a_layer))
+
+
+def test_cut_and_empty_texts_are_counted(options, tmp_path, capsys):
+    rows = frame(48, seed=0)
+    rows.loc[:11, "text"] = ["crimson azure " * 40] * 12
+    rows.loc[12:14, "text"] = ""
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    finetune.main(options("--train_file", tmp_path / "rows.csv", "--max_train_steps", 1))
+    printed = capsys.readouterr().err
+    assert "warning: 12 of 48 train texts (25.0%) are longer than 32 tokens and were cut" in printed
+    assert "warning: 3 of 48 train texts are empty" in printed
+    assert results(tmp_path / "out")["cut_share_train"] == 0.25
+
+
+def test_the_command_exits_with_2_and_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "finetune.py"), "--output_dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: no training data: give --dataset_name or --train_file\n"
+
+
+# Results and baselines
+
+
+def append(path: Path, number: int) -> None:
+    common.append_result(path, {"number": number, f"only_{number % 3}": 0.5}, seed=number, argv=["--x"])
+
+
+def test_results_of_many_runs_are_all_kept(tmp_path):
+    path = tmp_path / "results" / "runs.csv"
+    append(path, 0)
+    with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("fork")) as pool:
+        list(pool.map(append, [path] * 23, range(1, 24)))
+    rows = list(csv.DictReader(path.open()))
+    assert sorted(int(row["number"]) for row in rows) == list(range(24))
+    assert all(row[f"only_{int(row['number']) % 3}"] == "0.5" for row in rows)
+    assert {"commit", "date", "hardware", "torch", "transformers", "seed", "command"} <= rows[0].keys()
+    assert [name.name for name in path.parent.iterdir()] == ["runs.csv"]
+
+
+def test_baselines(folder, tmp_path, capsys):
+    files = ["--train_file", str(folder / "train.csv"), "--validation_file", str(folder / "validation.csv")]
+    baseline.main([*files, "--results_file", str(tmp_path / "results.csv")])
+    rows = {row["model"]: float(row["eval_accuracy"]) for row in csv.DictReader((tmp_path / "results.csv").open())}
+    assert rows == {"majority class": 0.5, "TF-IDF + logistic regression": 1.0}
+    assert "TF-IDF + logistic regression" in capsys.readouterr().out
+
+
+def test_baselines_refuse_numbers(tmp_path):
+    write_csv(tmp_path / "scores.csv", "text,label\na,0.5\nb,0.7\nc,0.1\n")
+    with pytest.raises(UserError, match="the labels are numbers"):
+        baseline.main(["--train_file", str(tmp_path / "scores.csv"), "--validation_split_percentage", "40"])
+
+
+def test_compressed_files_are_compressed(formats):
+    with gzip.open(formats["jsonl.gz"].train_file[0]) as file:
+        assert json.loads(file.readline())["label"] == "warm"
