@@ -3,9 +3,9 @@
 Any data set (Hub name, local folder, csv, tsv, json, jsonl or parquet files), any AutoModelForSequenceClassification:
 
     python scripts/finetune.py --config_name configs/tiny.json --train_file data/sotu/train.parquet \\
-        --validation_file data/sotu/dev.parquet --label_column label_text --max_length 1024 --output_dir runs/sotu
+        --validation_file data/sotu/dev.parquet --label_column label_text --max_length 1024 --output_dir output/sotu
     python scripts/finetune.py --model_name_or_path google-bert/bert-base-uncased --dataset_name nyu-mll/glue \\
-        --dataset_config_name rte --output_dir runs/rte
+        --dataset_config_name rte --output_dir output/rte
     accelerate launch scripts/finetune.py ...                          # several GPUs, the same options
 
 All options can stand in one file: `python scripts/finetune.py configs/demo.yaml --seed 1`. A run that was killed goes

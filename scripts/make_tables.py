@@ -48,14 +48,16 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
 def keys_of_a_query(row: dict[str, str]) -> str:
     """How many keys a query of the longest text has in the softmax."""
     if row.get("model_type") != "linformer":
-        return row["max_length"] if row.get("max_length") else ""
+        return row.get("max_length") or ""
     k, w = row["projected_length"], int(row["local_window"] or 0)
     return f"{k} + 1 + 3 x {w}" if w else k
 
 
 def name_of(row: dict[str, str]) -> str:
     if row.get("model_type") != "linformer":
-        return row["run_name"]
+        return row["model"]
+    if row["projection_type"].endswith("pool") and row["projected_length"] == row["max_length"]:
+        return "softmax attention (k = n), the twin"
     sharing = "" if row["projection_type"].endswith("pool") else f", {row['projection_sharing']}"
     return f"Linformer, {row['projection_type']}{sharing}"
 
