@@ -74,19 +74,20 @@ class TokenLayout(NamedTuple):
 class Slots(NamedTuple):
     """How the N tokens of each row feed the k slots of one layer."""
 
-    E: Tensor | None  # (1 | B, G, k, N); None with max_pool, which is no linear map
+    E: Tensor | None  # (1 | B, G, k, N); None if slots are tokens or maxima, which are no linear map
     F: Tensor | None
     fed: Tensor  # (1 | B, G, k), False where no real token feeds the slot
     start: Tensor | None = None  # (1 | B, G, k), the slot stands for the ranks start ... end - 1
     end: Tensor | None = None  # None: every slot sees the whole row
     all_fed: bool = False  # True if that is known without looking: attention then needs no mask
+    one_token_each: bool = False  # True if slot i is token i in every row: there is nothing to project
 
     def cut(self, k: int) -> "Slots":
         """The first k slots, all of which are fed."""
         E = None if self.E is None else self.E[:, :, :k]
         F = E if self.F is self.E or self.F is None else self.F[:, :, :k]
         start, end = (None if bound is None else bound[..., :k] for bound in (self.start, self.end))
-        return Slots(E, F, self.fed[..., :k], start, end, all_fed=True)
+        return self._replace(E=E, F=F, fed=self.fed[..., :k], start=start, end=end, all_fed=True)
 
 
 def batch_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None, n: int) -> tuple[int, int]:
@@ -439,7 +440,10 @@ class LinformerSelfAttention(nn.Module):
         uniform = len(self.slots_per_head) == 1
         head_slots = torch.tensor(self.slots_per_head, device=device)[:, None]  # (1 | H, 1)
         start, end = segment_bounds(layout.lengths, head_slots, k)
-        if config.projection_type == "max_pool":
+        if config.uses_pooling and uniform and N <= k and not torch.compiler.is_exporting():
+            start, end = start[..., :N], end[..., :N]
+            slots = Slots(None, None, end > start, start, end, one_token_each=True)
+        elif config.projection_type == "max_pool":
             slots = Slots(None, None, end > start, start, end)
         elif config.projection_type == "mean_pool":
             means = segment_means(start, end, N, states.dtype)
@@ -482,6 +486,8 @@ class LinformerSelfAttention(nn.Module):
     def project_keys_and_values(self, states: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
         """K' = E (X W_K) + b_K and V' = F (X W_V) + b_V: states (B, N, D) -> two of (B, H, k, d)."""
         E, F = slots.E, slots.F
+        if slots.one_token_each:
+            return self.split_heads(self.key(states)), self.split_heads(self.value(states))
         if E is None or F is None:
             # Over X W, as the paper writes it. A bias is the same for all tokens, so it may be added before.
             assert slots.end is not None

@@ -63,19 +63,18 @@ def name_of(row: dict[str, str]) -> str:
 
 
 def finetuning_table(rows: list[dict[str, str]]) -> list[str]:
-    """Accuracy, size and time of each model; the best first."""
+    """Accuracy and size of each model; the best first."""
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in rows:
         groups.setdefault((row["data"], name_of(row), keys_of_a_query(row), row.get("max_length", "")), []).append(row)
     lines = []
     for (_, name, keys, length), runs in groups.items():
         accuracies = [float(run["eval_accuracy"]) for run in runs]
-        minutes = [float(run["seconds"]) / 60 for run in runs if run.get("seconds")]
         parameters = runs[0].get("parameters")
         cells = [name, length, keys, f"{int(parameters) / 1e6:.1f} M" if parameters else "", str(len(runs))]
-        cells += [spread(accuracies), f"{statistics.median(minutes):.1f}" if minutes else ""]
+        cells += [spread(accuracies)]
         lines.append((statistics.mean(accuracies), cells))
-    header = ["model", "tokens read", "keys a query", "parameters", "seeds", "accuracy", "minutes"]
+    header = ["model", "tokens read", "keys a query", "parameters", "seeds", "accuracy"]
     body = [cells for _, cells in sorted(lines, key=lambda line: -line[0])]
     return [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *body]]
 
