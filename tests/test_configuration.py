@@ -3,11 +3,17 @@
 python -m pytest tests/test_configuration.py
 """
 
+from pathlib import Path
+
 import pytest
 from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoTokenizer
 
 from hf_linformer import LinformerConfig
 from tiny import tiny_config
+
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -61,6 +67,16 @@ def test_refuses_a_file_that_was_edited_into_nonsense(tmp_path):
     path.write_text(path.read_text().replace('"projected_length": 6', '"projected_length": 600'))
     with pytest.raises(StrictDataclassError, match="k = 600"):
         LinformerConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_configurations_are_for_the_shipped_tokenizer(path):
+    config, unknown = LinformerConfig.from_pretrained(path, return_unused_kwargs=True)
+    assert not unknown
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tokenizer")
+    assert config.vocab_size == len(tokenizer)
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (1, 0, 2)
+    assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 0, 2)
 
 
 def test_defaults_are_a_model_of_the_size_of_roberta_base():
