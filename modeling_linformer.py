@@ -440,7 +440,8 @@ class LinformerSelfAttention(nn.Module):
         uniform = len(self.slots_per_head) == 1
         head_slots = torch.tensor(self.slots_per_head, device=device)[:, None]  # (1 | H, 1)
         start, end = segment_bounds(layout.lengths, head_slots, k)
-        if config.uses_pooling and uniform and N <= k and not torch.compiler.is_exporting():
+        # An exported graph has to hold for every N, so it takes the general way for all.
+        if config.uses_pooling and uniform and not torch.compiler.is_exporting() and N <= k:
             start, end = start[..., :N], end[..., :N]
             slots = Slots(None, None, end > start, start, end, one_token_each=True)
         elif config.projection_type == "max_pool":
