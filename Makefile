@@ -19,7 +19,8 @@ export TEXT
 demo/model.safetensors: | .venv/installed
 	mkdir -p demo && rm -f demo/results.csv
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/baseline.py $(DATA) --results_file demo/results.csv
-	HF_HUB_OFFLINE=1 $(BIN)/python scripts/finetune.py configs/demo.yaml --resume_from_checkpoint last
+	HF_HUB_OFFLINE=1 $(BIN)/python scripts/finetune.py configs/demo.yaml --resume_from_checkpoint last \
+	    --results_file demo/results.csv
 	@echo && $(BIN)/python scripts/make_tables.py --results_file demo/results.csv && echo
 
 # TEXT, or what is piped in within five seconds, or an example.
