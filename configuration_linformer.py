@@ -170,6 +170,20 @@ class LinformerConfig(PreTrainedConfig):
                 f"layer and got {self.projected_length}: the kernel's length is ceil(n / k), so layers of different "
                 "k cannot share one. Use another `projection_sharing`."
             )
+        if (
+            self.projection_init == "segment_mean"
+            and self.projection_type == "linear"
+            and self.projection_sharing == "layerwise"
+            and len(set(slots)) > 1
+        ):
+            raise ValueError(
+                f"`projection_init='segment_mean'` with `projection_sharing='layerwise'` needs the same k in every "
+                f"layer and got {self.projected_length}: layers use the first k rows of one E, and the first averages "
+                "of a larger k cover the beginning of the text only. Use another sharing or `projection_init`."
+            )
+        problem_types = (None, "regression", "single_label_classification", "multi_label_classification")
+        if self.problem_type not in problem_types:
+            raise ValueError(f"`problem_type` ({self.problem_type!r}) must be one of {problem_types}.")
         if not 0 <= self.local_window <= n:
             raise ValueError(
                 f"`local_window` ({self.local_window}) must lie between 0 (off) and `max_position_embeddings` ({n})."
@@ -196,7 +210,7 @@ class LinformerConfig(PreTrainedConfig):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` ({getattr(self, name)}) must be a probability below 1.")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
-            raise ValueError(f"`pad_token_id` ({self.pad_token_id}) must be below `vocab_size` ({self.vocab_size}).")
+            raise ValueError(f"`pad_token_id` ({self.pad_token_id}) must lie between 0 and {self.vocab_size - 1}.")
 
     def _validate_projected_length(self):
         if isinstance(self.projected_length, int):

@@ -97,7 +97,7 @@ def batch_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None, n: int) 
     elif inputs_embeds is not None and input_ids is None:
         name, dims, shape = "inputs_embeds", "(batch, tokens, hidden_size)", tuple(inputs_embeds.shape)
     else:
-        raise ValueError("Give either `input_ids` or `inputs_embeds`, not both and not neither.")
+        raise ValueError("Give either `input_ids` or `inputs_embeds`, exactly one of them.")
     if len(shape) != dims.count(",") + 1 or shape[1] == 0:
         raise ValueError(f"`{name}` must have the shape {dims} with at least one token, not {shape}.")
     B, N = shape[:2]
@@ -463,9 +463,10 @@ class LinformerSelfAttention(nn.Module):
                 # The segments of a row of up to k tokens are its tokens, and their means the identity.
                 short = layout.lengths[:, None, None] <= head_slots  # (1 | B, G, 1)
                 identity = segment_means(start, end, N, states.dtype)
+                exact_E = torch.where(short[..., None], identity, fitted_E)
                 slots = Slots(
-                    E=torch.where(short[..., None], identity, fitted_E),
-                    F=torch.where(short[..., None], identity, fitted_F),
+                    E=exact_E,
+                    F=exact_E if F is E else torch.where(short[..., None], identity, fitted_F),
                     fed=torch.where(short, end > start, slots.fed),
                     start=start,
                     # The slots of a longer row see all of it: they end in no neighbourhood.
@@ -503,9 +504,9 @@ class LinformerSelfAttention(nn.Module):
 
     def project_by_head(self, linear: nn.Linear, states: Tensor, projection: Tensor) -> Tensor:
         """E_h (X W_h) + b_h: states (B, N, D), projection (1 | B, H, k, N) -> (B, H, k, d)"""
-        # Taking the bias off again, instead of calling the linear without it, keeps adapters (LoRA) on it at work.
-        XW = self.split_heads(linear(states) - linear.bias)
-        return project_sequence(XW, projection) + self.split_heads(linear.bias[None, None])
+        # Only calls of the linear: adapters (LoRA) and offloading work by hooks on them.
+        bias = linear(states.new_zeros(1, 1, states.shape[-1]))
+        return project_sequence(self.split_heads(linear(states) - bias), projection) + self.split_heads(bias)
 
     def slot_bias(self, slots: Slots, dtype: torch.dtype) -> Tensor | None:
         """-inf at slots that no real token feeds: (1 | B, G, 1, k), or None if all are known to be fed."""
@@ -766,9 +767,11 @@ class LinformerModel(LinformerPreTrainedModel):
         mask = token_mask(attention_mask, (B, N))
         if position_ids is not None:
             position_ids = checked_position_ids(position_ids, mask, (B, N), self.config.max_position_embeddings)
-        layout = layout_tokens(mask, position_ids, N, self.device)
+        # Not `self.device`: with offloaded weights that is where the weights rest, not where they are used.
+        device = (input_ids if input_ids is not None else inputs_embeds).device  # type: ignore[union-attr]
+        layout = layout_tokens(mask, position_ids, N, device)
         if position_ids is None:
-            position_ids = default_position_ids(mask, N, self.device)
+            position_ids = default_position_ids(mask, N, device)
 
         hidden_states = self.embeddings(input_ids, inputs_embeds, token_type_ids, position_ids, mask)
         shared_projection = self.projection()[0] if self.projection is not None else None
@@ -780,14 +783,15 @@ class LinformerModel(LinformerPreTrainedModel):
 
 
 def check_labels(labels: Tensor, num_labels: int):
-    """Refuses classes that do not exist, which on a GPU would end the process. -100 stands for no label."""
+    """Refuses classes that do not exist, which on a GPU are an assert that ends the process. -100: no label."""
     if is_tracing(labels):
         return
     wrong = labels[((labels < 0) & (labels != -100)) | (labels >= num_labels)]
     if wrong.numel():
         raise ValueError(
-            f"Labels must lie between 0 and {num_labels - 1} (`num_labels` is {num_labels}), or be -100 for none, and "
-            f"some are {wrong.unique().tolist()}. Set `num_labels` to the number of classes and count them from 0."
+            f"Labels must lie between 0 and {num_labels - 1}, for this model tells {num_labels} classes apart, or be "
+            f"-100 for none. Some are {wrong.unique().tolist()[:10]}: count classes from 0 and make the model with as "
+            "many as there are."
         )
 
 
@@ -799,9 +803,27 @@ def sum_or_mean(loss: Callable, logits: Tensor, labels: Tensor, num_items_in_bat
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
+    if labels.numel() != logits.shape[0] or labels.is_floating_point():
+        raise ValueError(
+            f"Classes must be one integer a row, {logits.shape[0]} in all, not {labels.dtype} of shape "
+            f"{tuple(labels.shape)}. For several labels a row give floats and set `problem_type` to "
+            "'multi_label_classification'."
+        )
     labels = labels.view(-1).to(logits.device)
     check_labels(labels, logits.shape[-1])
     return sum_or_mean(functional.cross_entropy, logits, labels, num_items_in_batch)
+
+
+def position_loss(logits: Tensor, positions: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
+    """Cross entropy over the tokens of a row, logits (B, N), positions (B,); one outside the row adds 0.
+
+    Divided by all rows and not only by those with an answer, so that it is the same however a batch is divided, and
+    finite for a batch without any.
+    """
+    positions = positions.view(-1).to(logits.device)
+    inside = (positions >= 0) & (positions < logits.shape[1])
+    loss = functional.cross_entropy(logits.float(), positions.where(inside, -100), reduction="sum")
+    return loss / (len(positions) if num_items_in_batch is None else num_items_in_batch)
 
 
 def sequence_loss(
@@ -816,6 +838,9 @@ def sequence_loss(
         integers = not (labels.is_floating_point() or labels.dtype == torch.bool)
         several = "single_label_classification" if integers else "multi_label_classification"
         problem_type = "regression" if config.num_labels == 1 else several
+        if not is_tracing(labels):
+            # Saved with the model: pipelines choose between sigmoid, softmax and neither by it.
+            config.problem_type = problem_type  # type: ignore[assignment]
     if problem_type == "single_label_classification":
         return cross_entropy(logits, labels, num_items_in_batch)
     if labels.numel() != logits.numel():
@@ -871,10 +896,13 @@ class LinformerForMaskedLM(LinformerPreTrainedModel):
         )
         hidden_states = outputs.last_hidden_state
         if self.config.sparse_prediction and labels is not None:
-            hidden_states, labels = hidden_states[labels != -100], labels[labels != -100]
+            labels = labels.to(hidden_states.device)
+            is_predicted = labels != -100
+            hidden_states, labels = hidden_states[is_predicted], labels[is_predicted]
         logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
+            check_labels(labels, self.config.vocab_size)
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
@@ -1007,7 +1035,9 @@ class LinformerForQuestionAnswering(LinformerPreTrainedModel):
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+            num_items = kwargs.get("num_items_in_batch")
+            start_loss = position_loss(start_logits, start_positions, num_items)
+            loss = (start_loss + position_loss(end_logits, end_positions, num_items)) / 2
         return QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits,
@@ -1047,7 +1077,10 @@ class LinformerForMultipleChoice(LinformerPreTrainedModel):
             `MultipleChoiceModelOutput`: `logits` (B, C).
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        C = next(states.shape[1] for states in inputs if states is not None)
+        choices = input_ids if input_ids is not None else inputs_embeds
+        if choices is None or choices.dim() != 3 + (input_ids is None):
+            raise ValueError("Give `input_ids` of shape (batch, choices, tokens), or `inputs_embeds` likewise.")
+        C = choices.shape[1]
         flat = [None if states is None else states.flatten(0, 1) for states in inputs]  # (B C, N)
         outputs = self.linformer(*flat, return_dict=True, **kwargs)
         logits = self.classifier(outputs.last_hidden_state, flat[1]).view(-1, C)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_linformer import (
+    LinformerForMaskedLM,
     LinformerForMultipleChoice,
     LinformerForSequenceClassification,
     LinformerForTokenClassification,
@@ -68,6 +69,22 @@ def test_labels_out_of_range(labels):
         build(LinformerForMultipleChoice)(IDS[:, None].expand(2, 3, 5), labels=labels)
     with pytest.raises(ValueError, match="between 0 and 2"):
         build(LinformerForTokenClassification, num_labels=3)(IDS, labels=labels[:, None].expand(2, 5))
+
+
+def test_masked_lm_labels_out_of_range():
+    with pytest.raises(ValueError, match="between 0 and 52.*999"):
+        build(LinformerForMaskedLM)(IDS, labels=torch.where(IDS == 3, 999, -100))
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(3, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long)])
+def test_classes_of_the_wrong_shape(labels):
+    with pytest.raises(ValueError, match="one integer a row, 2 in all"):
+        build(LinformerForSequenceClassification, num_labels=3)(IDS, labels=labels)
+
+
+def test_multiple_choice_without_inputs():
+    with pytest.raises(ValueError, match=r"\(batch, choices, tokens\)"):
+        build(LinformerForMultipleChoice)()
 
 
 def test_labels_of_the_wrong_shape():

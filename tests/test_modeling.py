@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 
 import reference
 from hf_linformer import (
@@ -100,10 +101,11 @@ def test_projecting_before_or_after_the_linears_gives_the_same_numbers():
     calls = []
     for model in (shared, separate):
         key = model.layers[0].attention.key
-        handle = key.register_forward_hook(lambda module, args, output: calls.append(args[0].shape[1]))
-        calls.append(model(input_ids, attention_mask=mask).last_hidden_state)
+        rows: list[int] = []
+        handle = key.register_forward_hook(lambda module, args, output, rows=rows: rows.append(args[0].shape[1]))
+        calls += [model(input_ids, attention_mask=mask).last_hidden_state, max(rows)]
         handle.remove()
-    rows_shared, output_shared, rows_separate, output_separate = calls
+    output_shared, rows_shared, output_separate, rows_separate = calls
     assert (rows_shared, rows_separate) == (6, 17), "shared E: the key linear should run on k rows, else on N"
     real = mask.bool()
     torch.testing.assert_close(output_shared[real], output_separate[real], rtol=0, atol=1e-10)
@@ -254,6 +256,18 @@ def test_autocast_trains(kind):
     loss.backward()
     assert abs(loss - expected) < 0.05 * expected
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("settings", core_variants() + [{"projection_sharing": "none"}], ids=variant_id)
+def test_offloaded_weights_change_nothing(settings):
+    """Weights that rest elsewhere come only when a module is called, so none may be read past its module."""
+    model = build(LinformerModel, initializer_range=0.2, **settings)
+    input_ids, mask = padded_batch((17, 4), 19)
+    with torch.no_grad():
+        expected = model(input_ids, attention_mask=mask).last_hidden_state
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        output = model(input_ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(output[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)
 
 
 def test_feed_forward_in_chunks_changes_nothing():

@@ -41,7 +41,8 @@ TASKS = {
     "question_answering": (
         LinformerForQuestionAnswering,
         {},
-        {"start_positions": [0, 1, 2, 3, 4, 5, 6, 7], "end_positions": [1, 1, 4, 8, 8, 6, 7, 8]},
+        # Outside the row (9 and more, or negative): an answer that was cut off.
+        {"start_positions": [0, 1, 2, 3, 9, -1, 12, 7], "end_positions": [1, 1, 4, 9, 20, -1, 7, 8]},
     ),
     "multiple_choice": (LinformerForMultipleChoice, {}, {"labels": [0, 1, 2, 0, 1, 2, 2, 2]}),
 }
@@ -103,22 +104,37 @@ def test_losses_are_the_textbook_ones(task):
     elif task == "several_labels":
         expected = functional.binary_cross_entropy_with_logits(output.logits, labels)
     else:
-        start = functional.cross_entropy(output.start_logits, batch["start_positions"])
-        expected = (start + functional.cross_entropy(output.end_logits, batch["end_positions"])) / 2
+        expected = torch.tensor(0.0)
+        for name in ("start", "end"):
+            log_probabilities = functional.log_softmax(output[f"{name}_logits"], dim=-1)
+            for row, position in zip(log_probabilities, batch[f"{name}_positions"].tolist()):
+                expected = expected - (row[position] if 0 <= position < 9 else 0.0) / 16
     torch.testing.assert_close(output.loss, expected)
 
 
-def test_problem_type_is_read_off_the_labels_and_the_config_left_alone():
+def test_problem_type_is_read_off_the_labels_and_kept_for_pipelines():
+    input_ids, targets = torch.randint(3, 53, (2, 5)), torch.tensor([[1.0, 0.0, 1.0]] * 2)
     model = build(LinformerForSequenceClassification, num_labels=3)
-    input_ids = torch.randint(3, 53, (2, 5))
-    logits = model(input_ids).logits
-    several = model(input_ids, labels=torch.tensor([[1.0, 0.0, 1.0]] * 2)).loss
-    torch.testing.assert_close(
-        several, functional.binary_cross_entropy_with_logits(logits, torch.tensor([[1.0, 0, 1]] * 2))
-    )
-    one = model(input_ids, labels=torch.tensor([2, 0])).loss
-    torch.testing.assert_close(one, functional.cross_entropy(logits, torch.tensor([2, 0])))
-    assert model.config.problem_type is None
+    output = model(input_ids, labels=targets)
+    torch.testing.assert_close(output.loss, functional.binary_cross_entropy_with_logits(output.logits, targets))
+    assert model.config.problem_type == "multi_label_classification"
+
+    model = build(LinformerForSequenceClassification, num_labels=3)
+    output = model(input_ids, labels=torch.tensor([2, 0]))
+    torch.testing.assert_close(output.loss, functional.cross_entropy(output.logits, torch.tensor([2, 0])))
+    assert model.config.problem_type == "single_label_classification"
+
+    model = build(LinformerForSequenceClassification, num_labels=1)
+    model(input_ids, labels=torch.tensor([0.5, -1.0]))
+    assert model.config.problem_type == "regression"
+
+
+def test_a_batch_without_any_answer_has_no_loss_and_no_gradient():
+    model = build(LinformerForQuestionAnswering)
+    outside = torch.tensor([9, -1])
+    loss = model(torch.randint(3, 53, (2, 9)), start_positions=outside, end_positions=outside).loss
+    loss.backward()
+    assert loss == 0 and all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
 
 
 def train(folder, steps: int, resume: bool = False) -> dict[str, torch.Tensor]:

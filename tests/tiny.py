@@ -89,4 +89,4 @@ def variant_id(settings: dict) -> str:
     by = "" if isinstance(k, int) else "-k_by_head" if isinstance(k[0], list) else "-k_by_layer"
     exact = "-exact" if settings.get("exact_short_sequences") else ""
     sharing = settings.get("projection_sharing", "layerwise")
-    return f"{settings['projection_type']}-{sharing}-w{settings.get('local_window', 0)}{by}{exact}"
+    return f"{settings.get('projection_type', 'linear')}-{sharing}-w{settings.get('local_window', 0)}{by}{exact}"
