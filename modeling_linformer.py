@@ -19,7 +19,7 @@ The one idea: keys and values are projected along the sequence, from N rows to k
 
 E and F are `LinformerProjection`, their application is `project_sequence`, the rest is a post-LayerNorm RoBERTa.
 
-What other implementations do not have:
+What goes beyond the paper:
   - padding is exact. Pads are zeroed before every projection (`mask_padding`), and columns of E belong to positions
     among the real tokens. A row gives the same result alone, padded left or right, with holes, in any batch.
   - slots may be means or maxima of segments that follow the length of each row (`segment_bounds`); rows of up to k
@@ -74,7 +74,7 @@ class TokenLayout(NamedTuple):
 class Slots(NamedTuple):
     """How the N tokens of each row feed the k slots of one layer."""
 
-    E: Tensor | None  # (1 | B, G, k, N); None if slots are tokens or maxima, which are no linear map
+    E: Tensor | None  # (1 | B, G, k, N); None where a slot is a token or a maximum, which takes no matrix
     F: Tensor | None
     fed: Tensor  # (1 | B, G, k), False where no real token feeds the slot
     start: Tensor | None = None  # (1 | B, G, k), the slot stands for the ranks start ... end - 1
@@ -245,6 +245,11 @@ def fed_by_convolution(layout: TokenLayout, stride: Tensor, k: int, N: int) -> T
     return (feeds if layout.mask is None else feeds & layout.mask[:, None, None]).any(dim=-1)
 
 
+def at_least_single(dtype: torch.dtype) -> torch.dtype:
+    """The precision for sums, softmax and logarithms: float32 for the half precisions."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def first_token(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
     """The first real token of each row: (B, N, D) -> (B, D)"""
     if mask is None:
@@ -259,11 +264,6 @@ def mean_of_tokens(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
         return hidden_states.mean(dim=1)
     total = mask_padding(hidden_states, mask).sum(dim=1, dtype=at_least_single(hidden_states.dtype))
     return (total / mask.sum(dim=1, keepdim=True).clamp(min=1)).to(hidden_states.dtype)
-
-
-def at_least_single(dtype: torch.dtype) -> torch.dtype:
-    """The precision for sums, softmax and logarithms: float32 for the half precisions."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -353,8 +353,11 @@ class LinformerProjection(nn.Module):
         feeds = (position // stride)[:, None] == slot  # (1 | G, k, n)
         return torch.where(feeds, kernel.gather(1, taps)[:, None], kernel.new_zeros(()))
 
-    def segment_mean(self) -> Tensor:
-        """Weights with which slot i averages its share of the n positions, to start from."""
+    def initial_means(self) -> Tensor:
+        """Weights with which slot i averages its share of the n positions, to start from: (1 | H, k, n)
+
+        For a convolution (1 | H, 1): all taps are 1 / stride, also of a last slot that has fewer positions than taps.
+        """
         if self.strides is not None:
             return 1 / torch.tensor(self.strides)[:, None]
         slots = torch.tensor(self.slots_per_head)[:, None]
@@ -401,7 +404,7 @@ class LinformerSelfAttention(nn.Module):
         if self.config.local_window:
             context, probabilities = self.attend_nearby(states, key, value, slots, layout, **kwargs)
         else:
-            # Nothing is said of the order of the queries, so they may stay in that of the batch.
+            # The order of the queries does not matter here, so they stay in that of the batch.
             query = self.split_heads(self.query(hidden_states))
             context, probabilities = self.attend(query, key, value, self.slot_bias(slots, query.dtype), **kwargs)
 
@@ -432,52 +435,65 @@ class LinformerSelfAttention(nn.Module):
 
     def split_heads(self, states: Tensor) -> Tensor:
         """(B, N, D) -> (B, H, N, d)"""
-        return states.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        return states.reshape(*states.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2)
 
     def build_slots(self, E: Tensor | None, F: Tensor | None, layout: TokenLayout, states: Tensor) -> Slots:
-        """Fits E and F (G, k, n) to this layer's k and to the tokens of this batch, states (B, N, D)."""
-        config, k, N, device = self.config, self.num_slots, states.shape[1], states.device
-        uniform = len(self.slots_per_head) == 1
-        head_slots = torch.tensor(self.slots_per_head, device=device)[:, None]  # (1 | H, 1)
-        start, end = segment_bounds(layout.lengths, head_slots, k)
-        # An exported graph has to hold for every N, so it takes the general way for all.
-        if config.uses_pooling and uniform and not torch.compiler.is_exporting() and N <= k:
-            start, end = start[..., :N], end[..., :N]
-            slots = Slots(None, None, end > start, start, end, one_token_each=True)
-        elif config.projection_type == "max_pool":
-            slots = Slots(None, None, end > start, start, end)
-        elif config.projection_type == "mean_pool":
-            means = segment_means(start, end, N, states.dtype)
-            slots = Slots(means, means, end > start, start, end)
+        """What the slots of this batch are: states (B, N, D) in rank order, E and F (G, k, n) or None with pooling."""
+        N = states.shape[1]
+        if E is None or F is None:
+            slots = self.pool_tokens(layout, states)
         else:
-            assert E is not None and F is not None
-            fitted_E = fit_projection(E, k, layout.position_ids, N)
-            fitted_F = fitted_E if F is E else fit_projection(F, k, layout.position_ids, N)
-            if config.projection_type == "convolution":
-                stride = -(-config.max_position_embeddings // head_slots)
-                slots = Slots(fitted_E, fitted_F, fed_by_convolution(layout, stride, k, N))
-            else:
-                fed = torch.arange(k, device=device) < head_slots
-                slots = Slots(fitted_E, fitted_F, fed[None], all_fed=uniform)
-            if config.exact_short_sequences:
-                # The segments of a row of up to k tokens are its tokens, and their means the identity.
-                short = layout.lengths[:, None, None] <= head_slots  # (1 | B, G, 1)
-                identity = segment_means(start, end, N, states.dtype)
-                exact_E = torch.where(short[..., None], identity, fitted_E)
-                slots = Slots(
-                    E=exact_E,
-                    F=exact_E if F is E else torch.where(short[..., None], identity, fitted_F),
-                    fed=torch.where(short, end > start, slots.fed),
-                    start=start,
-                    # The slots of a longer row see all of it: they end in no neighbourhood.
-                    end=torch.where(short, end, torch.iinfo(end.dtype).max),
-                )
+            slots = self.fit_projections(E, F, layout, N)
+            if self.config.exact_short_sequences:
+                slots = self.make_short_rows_exact(slots, layout, states)
 
         # If every row has N tokens, the number of slots in use is known: attention gets only these, and no mask.
-        known = layout.mask is None and layout.position_ids is None and uniform
+        known = layout.mask is None and layout.position_ids is None and len(self.slots_per_head) == 1
         return slots.cut(self.num_slots_in_use(N)) if known else slots
 
+    def pool_tokens(self, layout: TokenLayout, states: Tensor) -> Slots:
+        """Slots that are means or maxima of segments; no parameters, and as long as the row."""
+        N, k = states.shape[1], self.num_slots
+        start, end = segment_bounds(layout.lengths, self.head_slots(states.device), k)
+        # An exported graph has to hold for every N, so it takes the general way for all.
+        if not torch.compiler.is_exporting() and N <= k and len(self.slots_per_head) == 1:
+            start, end = start[..., :N], end[..., :N]
+            return Slots(None, None, end > start, start, end, one_token_each=True)
+        mean_pool = self.config.projection_type == "mean_pool"
+        means = segment_means(start, end, N, states.dtype) if mean_pool else None
+        return Slots(means, means, end > start, start, end)
+
+    def fit_projections(self, E: Tensor, F: Tensor, layout: TokenLayout, N: int) -> Slots:
+        """Slots of E and F, cut to this layer's k and to the positions of the tokens."""
+        k, head_slots = self.num_slots, self.head_slots(E.device)
+        fitted_E = fit_projection(E, k, layout.position_ids, N)
+        fitted_F = fitted_E if F is E else fit_projection(F, k, layout.position_ids, N)
+        if self.config.projection_type == "convolution":
+            stride = -(-self.config.max_position_embeddings // head_slots)
+            return Slots(fitted_E, fitted_F, fed_by_convolution(layout, stride, k, N))
+        # A dense E sees the whole row; a slot is unfed only in a head that has fewer than the layer's k.
+        fed = torch.arange(k, device=E.device) < head_slots
+        return Slots(fitted_E, fitted_F, fed[None], all_fed=len(self.slots_per_head) == 1)
+
+    def make_short_rows_exact(self, slots: Slots, layout: TokenLayout, states: Tensor) -> Slots:
+        """Gives rows of up to k tokens the identity for E and F: their segments are their tokens."""
+        assert slots.E is not None and slots.F is not None
+        head_slots = self.head_slots(states.device)
+        start, end = segment_bounds(layout.lengths, head_slots, self.num_slots)
+        identity = segment_means(start, end, states.shape[1], states.dtype)
+        short = layout.lengths[:, None, None] <= head_slots  # (1 | B, G, 1)
+        E = torch.where(short[..., None], identity, slots.E)
+        F = E if slots.F is slots.E else torch.where(short[..., None], identity, slots.F)
+        # The slots of a longer row see all of it: they end in no neighbourhood.
+        end_of_long = torch.iinfo(end.dtype).max
+        return Slots(E, F, torch.where(short, end > start, slots.fed), start, torch.where(short, end, end_of_long))
+
+    def head_slots(self, device: torch.device) -> Tensor:
+        """k of every head: (H, 1), or (1, 1) if all have the same."""
+        return torch.tensor(self.slots_per_head, device=device)[:, None]
+
     def num_slots_in_use(self, N: int) -> int:
+        """How many of the k slots a row of N tokens feeds."""
         if self.config.uses_pooling or (self.config.exact_short_sequences and N <= self.num_slots):
             return min(self.num_slots, N)
         if self.config.projection_type == "convolution":
@@ -529,7 +545,8 @@ class LinformerSelfAttention(nn.Module):
         """Attention to the slots and to an exact neighbourhood, in one softmax.
 
         The rows are cut into M = ceil(N / w) blocks. Each is an attention of its own: w queries, and as keys the k
-        slots, the first real token, and the tokens of the block and of the blocks beside it. Cost: O(N (k + 3 w)).
+        slots, the first real token, and the tokens of the block and of the blocks beside it. Cost: O(N (k + 3 w));
+        the keys and values of the blocks take N (k + 3 w) D / w numbers each.
 
         states (B, N, D), key and value of the slots (B, H, k, d) -> (B, N, D), (B, H, N, k + 1 + 3 w) if `eager`
         """
@@ -537,7 +554,8 @@ class LinformerSelfAttention(nn.Module):
         # Torch exports a graph for one block or for several: a spare block makes it several for every N.
         M = -(-N // w) + int(torch.compiler.is_exporting())
         query = self.split_heads(functional.pad(self.query(states), (0, 0, 0, M * w - N)))
-        query = query.unflatten(2, (M, w)).transpose(1, 2).flatten(0, 1)  # (B, H, M w, d) -> (B M, H, w, d)
+        # (B, H, M w, d) -> (B M, H, w, d)
+        query = query.reshape(B, self.num_heads, M, w, self.head_dim).transpose(1, 2).flatten(0, 1)
         key = self.gather_keys(key, self.split_heads(self.key(states)), M)
         value = self.gather_keys(value, self.split_heads(self.value(states)), M)
         bias = self.neighbourhood_bias(slots, layout, M, query.dtype)
@@ -546,16 +564,18 @@ class LinformerSelfAttention(nn.Module):
         context, probabilities = self.attend(query, key, value, bias, **kwargs)
         context = context.reshape(B, M * w, D)[:, :N]
         if probabilities is not None:
-            probabilities = probabilities.unflatten(0, (B, M)).transpose(1, 2).flatten(2, 3)[:, :, :N]
+            # (B M, H, w, keys) -> (B, H, N, keys)
+            probabilities = probabilities.reshape(B, M, *probabilities.shape[1:]).transpose(1, 2)
+            probabilities = probabilities.flatten(2, 3)[:, :, :N]
             probabilities = reorder(probabilities, layout.rank, dim=2)
         return reorder(context, layout.rank), probabilities
 
     def gather_keys(self, slots: Tensor, tokens: Tensor, M: int) -> Tensor:
         """What each block attends to: slots (B, H, k, d), tokens (B, H, N, d) -> (B M, H, k + 1 + 3 w, d)"""
-        w, N = self.config.local_window, tokens.shape[2]
+        w, (B, H, N, d) = self.config.local_window, tokens.shape
         for_all = torch.cat([slots, tokens[:, :, :1]], dim=2)[:, None].expand(-1, M, -1, -1, -1)
-        blocks = functional.pad(tokens, (0, 0, w, (M + 1) * w - N)).unflatten(2, (M + 2, w))
-        blocks = blocks.transpose(1, 2)  # (B, M + 2, H, w, d), with an empty block at each end
+        # (B, M + 2, H, w, d), with an empty block at each end
+        blocks = functional.pad(tokens, (0, 0, w, (M + 1) * w - N)).reshape(B, H, M + 2, w, d).transpose(1, 2)
         return torch.cat([for_all, blocks[:, :-2], blocks[:, 1:-1], blocks[:, 2:]], dim=3).flatten(0, 1)
 
     def neighbourhood_bias(self, slots: Slots, layout: TokenLayout, M: int, dtype: torch.dtype) -> Tensor:
@@ -692,7 +712,7 @@ class LinformerPreTrainedModel(PreTrainedModel):
             init.normal_(weight)
             init.copy_(weight, weight / slots.to(weight.device).sqrt().view(-1, 1, 1))
         elif self.config.projection_init == "segment_mean":
-            init.copy_(weight, module.segment_mean().expand_as(weight))
+            init.copy_(weight, module.initial_means().expand_as(weight))
         else:
             init.normal_(weight, std=self.config.initializer_range)
 

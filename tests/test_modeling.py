@@ -171,12 +171,24 @@ def test_compiles_without_graph_breaks(settings):
     torch._dynamo.reset()
     model = build(LinformerForMaskedLM, dtype=torch.float64, **settings)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    input_ids, mask = padded_batch((17, 4), 19)
-    with torch.no_grad():
+    for lengths, N in (((17, 4), 19), ((5, 2, 1), 5), ((37, 30), 37)):
+        input_ids, mask = padded_batch(lengths, N)
         for given_mask in (mask, None):
-            expected, got = model(input_ids, attention_mask=given_mask), compiled(input_ids, attention_mask=given_mask)
+            with torch.no_grad():
+                expected = model(input_ids, attention_mask=given_mask)
+                got = compiled(input_ids, attention_mask=given_mask)
             real = torch.ones_like(mask).bool() if given_mask is None else mask.bool()
             torch.testing.assert_close(got.logits[real], expected.logits[real], rtol=0, atol=1e-9)
+
+
+def test_compiles_under_a_default_device():
+    torch._dynamo.reset()
+    model = build(LinformerModel, projection_type="mean_pool", local_window=3)
+    input_ids, _ = padded_batch((17,), 17)
+    expected = model(input_ids).last_hidden_state
+    with torch.device("cpu"):
+        got = torch.compile(model, fullgraph=True, backend="eager")(input_ids).last_hidden_state
+    torch.testing.assert_close(got, expected)
 
 
 def test_compiled_training_step_equals_eager():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, pipeline
 
 from hf_linformer import (
@@ -95,6 +95,18 @@ def test_one_head_loads_into_another_from_the_same_encoder(tmp_path):
     encoder = masked_lm.linformer.state_dict()
     assert all(torch.equal(weight, encoder[name]) for name, weight in classifier.linformer.state_dict().items())
     assert all(torch.isfinite(p).all() and p.abs().max() < 10 for p in classifier.parameters())
+
+
+def test_a_missing_matrix_is_drawn_anew_and_the_others_stay(tmp_path):
+    model = build(LinformerModel, projection_sharing="headwise")
+    folder = save(model, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    del weights["layers.0.attention.projection.F"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    loaded, info = LinformerModel.from_pretrained(folder, output_loading_info=True)
+    assert set(info["missing_keys"]) == {"layers.0.attention.projection.F"}
+    assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in weights.items())
+    assert 0.3 < loaded.layers[0].attention.projection.F.std() < 0.7, "initializer_range is 0.5"
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -51,10 +51,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "LinearHeadwise": {"projection_sharing": "headwise"},
     "LinearKeyValue": {"projection_sharing": "key_value"},
     "LinearLengthPerLayer": {"projected_length": [8, 4]},
+    "LinearLengthPerHead": {"projected_length": [[8, 4, 6, 8], [8, 8, 8, 8]], "projection_sharing": "none"},
     "LinearExactShort": {"exact_short_sequences": True},
     "LinearWindow": {"local_window": 4},
     "Random": {"projection_type": "random"},
     "Convolution": {"projection_type": "convolution"},
+    "ConvolutionPerHead": {"projection_type": "convolution", "projection_sharing": "none"},
     "MeanPool": {"projection_type": "mean_pool"},
     "MeanPoolWindow": {"projection_type": "mean_pool", "local_window": 4},
     "MaxPool": {"projection_type": "max_pool"},
@@ -88,7 +90,7 @@ class LinformerModelTester:
         }
         # A query attends to the slots and, with a window, to the first token and three blocks.
         config = self.get_config()
-        k, w = variant.get("projected_length", [8])[0], config.local_window
+        k, w = max(config.slots_per_head(layer_idx=0)), config.local_window
         self.key_length = k + 1 + 3 * w if w else k
 
     def get_config(self) -> LinformerConfig:
