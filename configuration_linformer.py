@@ -82,6 +82,9 @@ class LinformerConfig(PreTrainedConfig):
             of both neighbouring blocks, and to the first real token, in the same softmax as the k slots. 0 is the
             paper's Linformer. Adds no parameters: a checkpoint loads with any w.
         sparse_prediction (`bool`, defaults to `False`): Masked-LM logits only where labels are set.
+        inference_chunk_size (`int`, *optional*): So many tokens go through a layer at a time where no gradient is
+            needed, which bounds the memory and is faster on CPUs; the results are the same. 512 on CPUs and 16,384
+            elsewhere if not given; 0 takes all at once.
 
     Raises:
         StrictDataclassError: On a value of the wrong type or outside its choices, and on combinations that cannot
@@ -121,6 +124,7 @@ class LinformerConfig(PreTrainedConfig):
     exact_short_sequences: bool = False
     local_window: int = 0
     sparse_prediction: bool = False
+    inference_chunk_size: int | None = None
 
     def __post_init__(self, **kwargs: Any):
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
@@ -187,6 +191,11 @@ class LinformerConfig(PreTrainedConfig):
         if not 0 <= self.local_window <= n:
             raise ValueError(
                 f"`local_window` ({self.local_window}) must lie between 0 (off) and `max_position_embeddings` ({n})."
+            )
+        if self.inference_chunk_size is not None and self.inference_chunk_size < 0:
+            raise ValueError(
+                f"`inference_chunk_size` ({self.inference_chunk_size}) must be a number of tokens, 0 for all at once, "
+                "or None for a size that suits the device."
             )
         if getattr(self, "is_decoder", False) or getattr(self, "add_cross_attention", False):
             raise ValueError(

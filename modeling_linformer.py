@@ -58,6 +58,14 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_linformer import LinformerConfig
 
 
+class Tile(NamedTuple):
+    """The tokens start ... end - 1, in rank order, of some rows: few enough to stay in the processor's cache."""
+
+    rows: slice
+    start: int
+    end: int
+
+
 class TokenLayout(NamedTuple):
     """Where the real tokens of a batch stand; worked out once, used by every layer.
 
@@ -69,12 +77,32 @@ class TokenLayout(NamedTuple):
     position_ids: Tensor | None = None  # (B, N), in rank order; None: the position is the rank
     order: Tensor | None = None  # (B, N), batch slot of every rank; None: already in rank order
     rank: Tensor | None = None  # (B, N), rank of every batch slot, the inverse of `order`
+    known_lengths: list[int] | None = None  # `lengths` where reading them costs nothing: on CPUs, or without pads
+    tiles: list[Tile] | None = None  # the parts that a layer is worked through in; None: all at once
+
+
+class Memory(NamedTuple):
+    """What the queries of a layer attend to: the slots and, with a local window, behind them the first token."""
+
+    key: Tensor  # (B, H, k, d)
+    value: Tensor  # (B, H, k, d)
+    bias: Tensor | None  # added to the scores (1 | B, G, 1, k), with a window (1 | B, G, M, 1, k + 1)
+    nearby_bias: Tensor | None = None  # the same for the neighbourhood of each block, (1 | B, 1, M, 1, 3 w)
+
+    def of(self, tile: Tile, w: int) -> "Memory":
+        """What concerns the rows of a tile and, with a window of w, its blocks."""
+        blocks = slice(tile.start // w, -(-tile.end // w)) if w else slice(None)
+        bias, nearby_bias = (
+            bias if bias is None else bias[tile.rows if bias.shape[0] > 1 else slice(None), :, blocks]
+            for bias in (self.bias, self.nearby_bias)
+        )
+        return Memory(self.key[tile.rows], self.value[tile.rows], bias, nearby_bias)
 
 
 class Slots(NamedTuple):
     """How the N tokens of each row feed the k slots of one layer."""
 
-    E: Tensor | None  # (1 | B, G, k, N); None where a slot is a token or a maximum, which takes no matrix
+    E: Tensor | None  # (1 | B, G, k, N); None where segments of tokens are pooled, which takes no matrix
     F: Tensor | None
     fed: Tensor  # (1 | B, G, k), False where no real token feeds the slot
     start: Tensor | None = None  # (1 | B, G, k), the slot stands for the ranks start ... end - 1
@@ -150,17 +178,39 @@ def layout_tokens(mask: Tensor | None, position_ids: Tensor | None, N: int, devi
         # An exported graph has to hold for every N up to n. Slicing E would tie it to N < n, a gather does not.
         position_ids = default_position_ids(mask, N, device)
     if mask is None:
-        return TokenLayout(torch.full((1,), N, device=device), position_ids=position_ids)
+        lengths = torch.full((1,), N, device=device)
+        known_lengths = None if is_tracing(lengths) else [N]
+        return TokenLayout(lengths, position_ids=position_ids, known_lengths=known_lengths)
     lengths = mask.sum(dim=-1)
+    known_lengths = lengths.tolist() if device.type == "cpu" and not is_tracing(mask) else None
     if not is_tracing(mask) and bool((mask[:, 1:] <= mask[:, :-1]).all()):
         # Padded right only, as nearly always: the batch is in rank order as it is.
-        return TokenLayout(lengths, mask, position_ids)
+        return TokenLayout(lengths, mask, position_ids, known_lengths=known_lengths)
     rank_of_pad = lengths[:, None] + (~mask).cumsum(dim=-1) - 1
     rank = torch.where(mask, default_position_ids(mask, N, device), rank_of_pad)
     order = rank.argsort(dim=-1)
     position_ids = None if position_ids is None else reorder(position_ids, order)
     ordered_mask = torch.arange(N, device=device) < lengths[:, None]
-    return TokenLayout(lengths, ordered_mask, position_ids, order, rank)
+    return TokenLayout(lengths, ordered_mask, position_ids, order, rank, known_lengths)
+
+
+def cut_into_tiles(known_lengths: list[int], B: int, N: int, size: int, multiple: int) -> list[Tile]:
+    """Divides a batch (B, N) in rank order into tiles of up to `size` tokens: some short rows, or part of a long one.
+
+    They begin at multiples of `multiple`, and end with the last real token of their rows: pads cost nothing.
+
+    known_lengths: the real tokens of every row, or of all
+    """
+    tiles = []
+    rows_of_a_tile = max(1, size // N)
+    lengths = known_lengths * B if len(known_lengths) == 1 else known_lengths
+    for first_row in range(0, B, rows_of_a_tile):
+        rows = slice(first_row, first_row + rows_of_a_tile)
+        longest = max(lengths[rows])
+        parts = max(1, -(-longest // size))
+        tokens = max(1, -(-longest // (parts * multiple))) * multiple
+        tiles += [Tile(rows, start, min(start + tokens, longest)) for start in range(0, longest, tokens)]
+    return tiles
 
 
 def mask_padding(states: Tensor, mask: Tensor | None) -> Tensor:
@@ -195,18 +245,46 @@ def segment_bounds(lengths: Tensor, head_slots: Tensor, k: int) -> tuple[Tensor,
     """Divides the real tokens of every row over its slots: slot i stands for the ranks start[i] ... end[i] - 1.
 
     Slot 0 is the first token's own; the other L - 1 tokens are cut, in order, into min(k, L) - 1 segments as even as
-    possible. For L <= k each slot stands for one token. Slots that are left over are empty (start = end = L).
+    possible, the longer ones first. For L <= k each slot stands for one token. Slots that are left over are empty
+    (start = end = L).
 
     lengths (B,), head_slots (G, 1) with at most k slots -> start, end (B, G, k)
     """
     lengths = lengths[:, None, None]
     segments = (torch.minimum(lengths, head_slots) - 1).clamp(min=1)
     tokens = (lengths - 1).clamp(min=0)
-    # Boundary i of m tokens in s segments is ceil(i m / s).
-    index = torch.arange(-1, k, device=lengths.device)
-    bounds = 1 + torch.div(index * tokens + segments - 1, segments, rounding_mode="floor")
-    bounds = torch.where(index < 0, 0, torch.minimum(bounds, lengths))
-    return bounds[..., :-1], bounds[..., 1:]
+    size = torch.div(tokens, segments, rounding_mode="floor")
+    index = torch.arange(k, device=lengths.device)
+    end = 1 + index * size + torch.minimum(index, tokens - size * segments)
+    end = torch.minimum(end, lengths)
+    return functional.pad(end[..., :-1], (1, 0)), end
+
+
+def pool_segments(states: Tensor, length: int, k: int, pool: Callable[[Tensor], Tensor]) -> Tensor:
+    """The slots of rows that have `length` tokens each: the segments of `segment_bounds` taken as views, no matrix.
+
+    The first token, then segments of size + 1 tokens, then of size tokens. Slots that are left over get 0.
+
+    states (B, N, C) in rank order, pool (B, segments, tokens, C) -> (B, segments, C); returns (B, k, C)
+    """
+    if length <= k:
+        return functional.pad(states[:, :length], (0, 0, 0, k - length))
+    size, longer = divmod(length - 1, k - 1)
+    shorter = k - 1 - longer
+    first, long, short, _ = states.split([1, longer * (size + 1), shorter * size, states.shape[1] - length], dim=1)
+    long, short = long.unflatten(1, (longer, size + 1)), short.unflatten(1, (shorter, size))
+    return torch.cat([first, pool(long), pool(short)], dim=1)
+
+
+def mean_of_segments(segments: Tensor) -> Tensor:
+    """(B, segments, tokens, C) -> (B, segments, C)"""
+    # Torch's mean in half precision takes ten times as long on a CPU as its sum.
+    return segments.sum(dim=2) / segments.shape[2]
+
+
+def maximum_of_segments(segments: Tensor) -> Tensor:
+    """(B, segments, tokens, C) -> (B, segments, C)"""
+    return segments.amax(dim=2)
 
 
 def segment_means(start: Tensor, end: Tensor, N: int, dtype: torch.dtype) -> Tensor:
@@ -282,10 +360,11 @@ def eager_attention_forward(
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[Tensor, Tensor]:
     """query (B, H, N, d), key and value (B, H, k, d) -> output (B, N, H, d), probabilities (B, H, N, k)"""
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    # The keys are fewer than the scores, so they are scaled. Softmax adds up in float32 for the half precisions.
+    scores = torch.matmul(query, (key * scaling).transpose(2, 3))
     if attention_mask is not None:
         scores = scores + attention_mask
-    probabilities = functional.softmax(scores, dim=-1, dtype=at_least_single(query.dtype)).to(query.dtype)
+    probabilities = functional.softmax(scores, dim=-1)
     probabilities = functional.dropout(probabilities, p=dropout, training=module.training)
     return torch.matmul(probabilities, value).transpose(1, 2), probabilities
 
@@ -397,45 +476,81 @@ class LinformerSelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (B, N, D) -> output (B, N, D), attention probabilities (B, H, N, keys) if `eager`"""
         states = mask_padding(reorder(hidden_states, layout.order), layout.mask)
+        memory = self.build_memory(states, layout, shared_projection)
+        context, probabilities = self.attend(states, memory, nearby=states, **kwargs)
+        if probabilities is not None:
+            probabilities = self.pad_unused_slots(reorder(probabilities, layout.rank, dim=2))
+        return self.output(reorder(context, layout.rank)), probabilities
+
+    def forward_tile(self, states: Tensor, memory: Memory, tile: Tile, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
+        """`forward` for the tokens of a tile, of states (B, N, D) in rank order -> (rows, tokens, D)"""
+        rows, start, end = tile
+        w = self.config.local_window
+        nearby = states[rows, max(start - w, 0) : end + w] if w else None
+        context, _ = self.attend(states[rows, start:end], memory.of(tile, w), nearby, min(start, w), **kwargs)
+        return self.output(context)
+
+    def build_memory(self, states: Tensor, layout: TokenLayout, shared_projection: Tensor | None) -> Memory:
+        """The slots of every row, and what is added to the scores: states (B, N, D) in rank order, 0 at pads."""
         E, F = (shared_projection, shared_projection) if self.projection is None else self.projection()
         slots = self.build_slots(E, F, layout, states)
-        key, value = self.project_keys_and_values(states, slots)  # (B, H, k, d)
-
-        if self.config.local_window:
-            context, probabilities = self.attend_nearby(states, key, value, slots, layout, **kwargs)
-        else:
-            # The order of the queries does not matter here, so they stay in that of the batch.
-            query = self.split_heads(self.query(hidden_states))
-            context, probabilities = self.attend(query, key, value, self.slot_bias(slots, query.dtype), **kwargs)
-
-        unused = self.num_slots - key.shape[2]
-        if probabilities is not None and unused:
-            of_slots, exact = probabilities.tensor_split([key.shape[2]], dim=-1)
-            probabilities = torch.cat([functional.pad(of_slots, (0, unused)), exact], dim=-1)
-        return self.output(context), probabilities
+        key, value = self.project_keys_and_values(states, slots, layout)  # (B, H, k, d)
+        if not self.config.local_window:
+            return Memory(key, value, self.slot_bias(slots, key.dtype))
+        first = states[:, :1]
+        key = torch.cat([key, self.split_heads(self.key(first))], dim=2)
+        value = torch.cat([value, self.split_heads(self.value(first))], dim=2)
+        return Memory(key, value, *self.neighbourhood_bias(slots, layout, states.shape[1], key.dtype))
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, **kwargs: Unpack[TransformersKwargs]
+        self,
+        queries: Tensor,
+        memory: Memory,
+        nearby: Tensor | None,
+        before: int = 0,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
-        """softmax(Q K^T / sqrt(d) + bias) V: (B, H, N, d), keys (B, H, k, d) -> (B, N, D), (B, H, N, k) if `eager`"""
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        context, probabilities = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            bias,
-            scaling=self.scaling,
-            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
-            **kwargs,
-        )
-        return context.flatten(2), probabilities
+        """softmax(Q K^T / sqrt(d) + bias) V for states (B, N, D) -> (B, N, D), (B, H, N, keys) if `eager`
+
+        nearby: the same tokens and, where there are any, w on either side; `before` of them stand before the first.
+        """
+        query = self.split_heads(self.query(queries))
+        if self.config.local_window:
+            assert nearby is not None
+            context, probabilities = self.attend_nearby(query, memory, nearby, before)
+        else:
+            interface = self.attention_interface(query)
+            context, probabilities = interface(
+                self,
+                query,
+                memory.key,
+                memory.value,
+                memory.bias,
+                scaling=self.scaling,
+                dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+                **kwargs,
+            )
+        returns_probabilities = self.config._attn_implementation == "eager"
+        return context.flatten(2), probabilities if returns_probabilities else None
+
+    def attention_interface(self, query: Tensor) -> Callable:
+        implementation = self.config._attn_implementation
+        # With as few keys as here, two products and a softmax beat the fused kernel of CPUs in half precision.
+        if implementation == "sdpa" and query.device.type == "cpu" and query.dtype != torch.float32:
+            implementation = "eager"
+        return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
 
     def split_heads(self, states: Tensor) -> Tensor:
         """(B, N, D) -> (B, H, N, d)"""
         return states.reshape(*states.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2)
+
+    def pad_unused_slots(self, probabilities: Tensor) -> Tensor:
+        """Makes the columns of slots always k, whether or not there were as many tokens: (B, H, N, keys)"""
+        w = self.config.local_window
+        exact = 1 + 3 * w if w else 0
+        of_slots, of_tokens = probabilities.tensor_split([probabilities.shape[-1] - exact], dim=-1)
+        of_slots = functional.pad(of_slots, (0, self.num_slots - of_slots.shape[-1]))
+        return torch.cat([of_slots, of_tokens], dim=-1)
 
     def build_slots(self, E: Tensor | None, F: Tensor | None, layout: TokenLayout, states: Tensor) -> Slots:
         """What the slots of this batch are: states (B, N, D) in rank order, E and F (G, k, n) or None with pooling."""
@@ -459,9 +574,13 @@ class LinformerSelfAttention(nn.Module):
         if not torch.compiler.is_exporting() and N <= k and len(self.slots_per_head) == 1:
             start, end = start[..., :N], end[..., :N]
             return Slots(None, None, end > start, start, end, one_token_each=True)
-        mean_pool = self.config.projection_type == "mean_pool"
-        means = segment_means(start, end, N, states.dtype) if mean_pool else None
+        needs_matrix = self.config.projection_type == "mean_pool" and not self.pools_views(layout)
+        means = segment_means(start, end, N, states.dtype) if needs_matrix else None
         return Slots(means, means, end > start, start, end)
+
+    def pools_views(self, layout: TokenLayout) -> bool:
+        """Whether the host knows where the segments lie, so that they can be pooled where they are."""
+        return layout.known_lengths is not None and len(self.slots_per_head) == 1
 
     def fit_projections(self, E: Tensor, F: Tensor, layout: TokenLayout, N: int) -> Slots:
         """Slots of E and F, cut to this layer's k and to the positions of the tokens."""
@@ -490,6 +609,8 @@ class LinformerSelfAttention(nn.Module):
 
     def head_slots(self, device: torch.device) -> Tensor:
         """k of every head: (H, 1), or (1, 1) if all have the same."""
+        if len(self.slots_per_head) == 1:
+            return torch.full((1, 1), self.num_slots, device=device)
         return torch.tensor(self.slots_per_head, device=device)[:, None]
 
     def num_slots_in_use(self, N: int) -> int:
@@ -501,22 +622,40 @@ class LinformerSelfAttention(nn.Module):
             return -(-N // stride)
         return self.num_slots
 
-    def project_keys_and_values(self, states: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
+    def project_keys_and_values(self, states: Tensor, slots: Slots, layout: TokenLayout) -> tuple[Tensor, Tensor]:
         """K' = E (X W_K) + b_K and V' = F (X W_V) + b_V: states (B, N, D) -> two of (B, H, k, d)."""
         E, F = slots.E, slots.F
-        if slots.one_token_each:
-            return self.split_heads(self.key(states)), self.split_heads(self.value(states))
-        if E is None or F is None:
+        if self.config.projection_type == "max_pool" and not slots.one_token_each:
             # Over X W, as the paper writes it. A bias is the same for all tokens, so it may be added before.
-            assert slots.end is not None
-            key, value = self.split_heads(self.key(states)), self.split_heads(self.value(states))
-            return segment_maxima(key, slots.end), segment_maxima(value, slots.end)
-        if E.shape[1] == 1:
-            # Shared by all heads: E (X W) + b == (E X) W + b, and the linears run on k rows instead of N.
+            key = self.maximum_of_tokens(self.key(states), slots, layout)
+            return key, self.maximum_of_tokens(self.value(states), slots, layout)
+        if E is not None and E.shape[1] > 1:
+            assert F is not None
+            return self.project_by_head(self.key, states, E), self.project_by_head(self.value, states, F)
+        # Shared by all heads: E (X W) + b == (E X) W + b, and the linears run on k rows instead of N.
+        if slots.one_token_each:
+            EX = FX = states
+        elif E is None or F is None:
+            EX = FX = self.pool_views(states, layout, mean_of_segments)
+        else:
             EX = project_sequence(states, E[:, 0])
             FX = EX if F is E else project_sequence(states, F[:, 0])
-            return self.split_heads(self.key(EX)), self.split_heads(self.value(FX))
-        return self.project_by_head(self.key, states, E), self.project_by_head(self.value, states, F)
+        return self.split_heads(self.key(EX)), self.split_heads(self.value(FX))
+
+    def pool_views(self, states: Tensor, layout: TokenLayout, pool: Callable[[Tensor], Tensor]) -> Tensor:
+        """Segments pooled where they are: (B, N, C) -> (B, k, C)"""
+        assert layout.known_lengths is not None
+        # Rows of the same length are pooled together.
+        rows = states.split(1) if len(layout.known_lengths) > 1 else [states]
+        pooled = [pool_segments(row, length, self.num_slots, pool) for row, length in zip(rows, layout.known_lengths)]
+        return torch.cat(pooled)
+
+    def maximum_of_tokens(self, states: Tensor, slots: Slots, layout: TokenLayout) -> Tensor:
+        """Keys or values of max pooling: (B, N, D) -> (B, H, k, d)"""
+        if self.pools_views(layout):
+            return self.split_heads(self.pool_views(states, layout, maximum_of_segments))
+        assert slots.end is not None
+        return segment_maxima(self.split_heads(states), slots.end)
 
     def project_by_head(self, linear: nn.Linear, states: Tensor, projection: Tensor) -> Tensor:
         """E_h (X W_h) + b_h: states (B, N, D), projection (1 | B, H, k, N) -> (B, H, k, d)"""
@@ -533,75 +672,70 @@ class LinformerSelfAttention(nn.Module):
         first = torch.arange(slots.fed.shape[-1], device=nothing.device) == 0
         return additive_mask(slots.fed | (nothing & first), dtype)[:, :, None]
 
-    def attend_nearby(
-        self,
-        states: Tensor,
-        key: Tensor,
-        value: Tensor,
-        slots: Slots,
-        layout: TokenLayout,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attention to the slots and to an exact neighbourhood, in one softmax.
+    def attend_nearby(self, query: Tensor, memory: Memory, nearby: Tensor, before: int) -> tuple[Tensor, Tensor]:
+        """Attention to the slots, the first token and an exact neighbourhood, in one softmax.
 
-        The rows are cut into M = ceil(N / w) blocks. Each is an attention of its own: w queries, and as keys the k
-        slots, the first real token, and the tokens of the block and of the blocks beside it. Cost: O(N (k + 3 w));
-        the keys and values of the blocks take N (k + 3 w) D / w numbers each.
+        The tokens are cut into M blocks of w, and all queries of a block see the block and those on either side: two
+        products of scores, with k + 1 and with 3 w columns, under one softmax. Cost: O(N (k + 3 w)).
 
-        states (B, N, D), key and value of the slots (B, H, k, d) -> (B, N, D), (B, H, N, k + 1 + 3 w) if `eager`
+        query (B, H, N, d), nearby as in `attend` -> (B, N, H, d), probabilities (B, H, N, k + 1 + 3 w)
         """
-        w, (B, N, D) = self.config.local_window, states.shape
-        # Torch exports a graph for one block or for several: a spare block makes it several for every N.
-        M = -(-N // w) + int(torch.compiler.is_exporting())
-        query = self.split_heads(functional.pad(self.query(states), (0, 0, 0, M * w - N)))
-        # (B, H, M w, d) -> (B M, H, w, d)
-        query = query.reshape(B, self.num_heads, M, w, self.head_dim).transpose(1, 2).flatten(0, 1)
-        key = self.gather_keys(key, self.split_heads(self.key(states)), M)
-        value = self.gather_keys(value, self.split_heads(self.value(states)), M)
-        bias = self.neighbourhood_bias(slots, layout, M, query.dtype)
-        bias = bias.expand(B, -1, -1, -1).flatten(0, 1)[:, :, None]  # (B M, G, 1, k + 1 + 3 w)
+        assert memory.bias is not None and memory.nearby_bias is not None
+        w, N, M = self.config.local_window, query.shape[2], memory.nearby_bias.shape[2]
+        query = functional.pad(query * self.scaling, (0, 0, 0, M * w - N))  # (B, H, M w, d)
+        key = self.neighbourhoods(self.key(nearby), before, M)
+        value = self.neighbourhoods(self.value(nearby), before, M)
 
-        context, probabilities = self.attend(query, key, value, bias, **kwargs)
-        context = context.reshape(B, M * w, D)[:, :N]
-        if probabilities is not None:
-            # (B M, H, w, keys) -> (B, H, N, keys)
-            probabilities = probabilities.reshape(B, M, *probabilities.shape[1:]).transpose(1, 2)
-            probabilities = probabilities.flatten(2, 3)[:, :, :N]
-            probabilities = reorder(probabilities, layout.rank, dim=2)
-        return reorder(context, layout.rank), probabilities
+        blocks = query.reshape(*query.shape[:2], M, w, self.head_dim)
+        of_memory = torch.matmul(query, memory.key.transpose(2, 3)).reshape(*blocks.shape[:4], -1) + memory.bias
+        of_tokens = torch.matmul(blocks, key.transpose(3, 4)) + memory.nearby_bias
+        scores = torch.cat([of_memory, of_tokens], dim=-1)  # (B, H, M, w, k + 1 + 3 w)
+        probabilities = functional.softmax(scores, dim=-1)
+        probabilities = functional.dropout(
+            probabilities, p=self.config.attention_probs_dropout_prob, training=self.training
+        )
+        of_memory, of_tokens = probabilities.split([memory.key.shape[2], 3 * w], dim=-1)
+        context = torch.matmul(of_memory.flatten(2, 3), memory.value) + torch.matmul(of_tokens, value).flatten(2, 3)
+        return context[:, :, :N].transpose(1, 2), probabilities.flatten(2, 3)[:, :, :N]
 
-    def gather_keys(self, slots: Tensor, tokens: Tensor, M: int) -> Tensor:
-        """What each block attends to: slots (B, H, k, d), tokens (B, H, N, d) -> (B M, H, k + 1 + 3 w, d)"""
-        w, (B, H, N, d) = self.config.local_window, tokens.shape
-        for_all = torch.cat([slots, tokens[:, :, :1]], dim=2)[:, None].expand(-1, M, -1, -1, -1)
-        # (B, M + 2, H, w, d), with an empty block at each end
-        blocks = functional.pad(tokens, (0, 0, w, (M + 1) * w - N)).reshape(B, H, M + 2, w, d).transpose(1, 2)
-        return torch.cat([for_all, blocks[:, :-2], blocks[:, 1:-1], blocks[:, 2:]], dim=3).flatten(0, 1)
+    def neighbourhoods(self, tokens: Tensor, before: int, M: int) -> Tensor:
+        """The tokens of each block and of those beside it, zeros where there are none: (B, N, D) -> (B, H, M, 3 w, d)
 
-    def neighbourhood_bias(self, slots: Slots, layout: TokenLayout, M: int, dtype: torch.dtype) -> Tensor:
-        """Makes every token count once: (1 | B, M, G, k + 1 + 3 w), added to the scores of each block.
+        The first block begins behind the first `before` tokens.
+        """
+        w = self.config.local_window
+        left = w - before
+        tokens = functional.pad(self.split_heads(tokens), (0, 0, left, (M + 2) * w - left - tokens.shape[1]))
+        blocks = tokens.reshape(*tokens.shape[:2], M + 2, w, self.head_dim)
+        return torch.cat([blocks[:, :, :-2], blocks[:, :, 1:-1], blocks[:, :, 2:]], dim=3)
+
+    def neighbourhood_bias(
+        self, slots: Slots, layout: TokenLayout, N: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Makes every token count once: what is added to the scores of each of the M blocks of queries.
 
         -inf at pads, at the first token inside the blocks (it has a key of its own), and at slots whose tokens are
         all seen exactly. log(c) at a mean or maximum over c tokens, so that it weighs as much as they do.
+
+        Returns that of the slots and the first token (1 | B, G, M, 1, k + 1), and of the blocks (1 | B, 1, M, 1, 3 w).
         """
         w, device = self.config.local_window, layout.lengths.device
+        # Torch exports a graph for one block or for several: a spare block makes it several for every N.
+        M = -(-N // w) + int(torch.compiler.is_exporting())
         block_start = (torch.arange(M, device=device)[:, None] - 1) * w  # (M, 1), first rank of the neighbourhood
         rank = block_start + torch.arange(3 * w, device=device)  # (M, 3 w)
         sees_token = (rank > 0) & (rank < layout.lengths[:, None, None])  # (1 | B, M, 3 w)
-        sees_exactly = functional.pad(sees_token, (1, 0), value=True)[:, :, None]  # (1 | B, M, 1, 1 + 3 w)
-        sees_slot = slots.fed[:, None].expand(-1, M, -1, -1)  # (1 | B, M, G, k)
+        sees_slot = slots.fed[:, :, None].expand(-1, -1, M, -1)  # (1 | B, G, M, k)
         if slots.start is not None and slots.end is not None:
-            start, end = slots.start[:, None], slots.end[:, None]  # (1 | B, 1, G, k)
-            nearby = (start >= block_start[..., None]) & (end <= block_start[..., None] + 3 * w)
-            sees_slot = sees_slot & ~(nearby | (end <= 1))
+            start, end = slots.start[:, :, None], slots.end[:, :, None]  # (1 | B, G, 1, k)
+            is_seen = (start >= block_start) & (end <= block_start + 3 * w)
+            sees_slot = sees_slot & ~(is_seen | (end <= 1))
         slot_bias = additive_mask(sees_slot, dtype)
         if self.config.uses_pooling:
             size = (end - start).clamp(min=1).to(at_least_single(dtype))
             slot_bias = slot_bias + size.log().to(dtype)
-        token_bias = additive_mask(sees_exactly, dtype)
-        batch = max(slot_bias.shape[0], token_bias.shape[0])
-        shape = (batch, M, slot_bias.shape[2], -1)
-        return torch.cat([slot_bias.expand(shape), token_bias.expand(shape)], dim=-1)
+        with_first_token = functional.pad(slot_bias, (0, 1))
+        return with_first_token[:, :, :, None], additive_mask(sees_token, dtype)[:, None, :, None]
 
 
 class LinformerMLP(nn.Module):
@@ -637,9 +771,33 @@ class LinformerLayer(GradientCheckpointingLayer):
         shared_projection: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
+        if layout.tiles is not None:
+            return self.forward_in_tiles(hidden_states, layout, shared_projection, **kwargs)
         attended, _ = self.attention(hidden_states, layout, shared_projection, **kwargs)
+        return self.add_and_feed_forward(hidden_states, attended)
+
+    def add_and_feed_forward(self, hidden_states: Tensor, attended: Tensor) -> Tensor:
         hidden_states = self.attention_norm(hidden_states + self.dropout(attended))
         return self.mlp_norm(hidden_states + self.dropout(self.mlp(hidden_states)))
+
+    def forward_in_tiles(
+        self,
+        hidden_states: Tensor,
+        layout: TokenLayout,
+        shared_projection: Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Tensor:
+        """The same in bounded memory: once the slots are known, a token depends on nothing but its neighbourhood."""
+        assert layout.tiles is not None
+        states = mask_padding(reorder(hidden_states, layout.order), layout.mask)
+        memory = self.attention.build_memory(states, layout, shared_projection)
+        # No tile holds what lies behind the longest of its rows.
+        output = torch.empty_like(states) if layout.mask is None else torch.zeros_like(states)
+        for tile in layout.tiles:
+            attended = self.attention.forward_tile(states, memory, tile, **kwargs)
+            part = (tile.rows, slice(tile.start, tile.end))
+            output[part] = self.add_and_feed_forward(states[part], attended)
+        return reorder(output, layout.rank)
 
 
 class LinformerPooler(nn.Module):
@@ -790,16 +948,45 @@ class LinformerModel(LinformerPreTrainedModel):
         # Not `self.device`: with offloaded weights that is where the weights rest, not where they are used.
         device = (input_ids if input_ids is not None else inputs_embeds).device  # type: ignore[union-attr]
         layout = layout_tokens(mask, position_ids, N, device)
+        layout = layout._replace(tiles=self.choose_tiles(layout, B, N, device))
         if position_ids is None:
             position_ids = default_position_ids(mask, N, device)
 
-        hidden_states = self.embeddings(input_ids, inputs_embeds, token_type_ids, position_ids, mask)
+        inputs = (input_ids, inputs_embeds, token_type_ids, position_ids, mask)
+        if layout.tiles is None or layout.order is not None:
+            hidden_states = self.embeddings(*inputs)
+        else:
+            hidden_states = self.embed_in_tiles(layout.tiles, B, N, *inputs)
         shared_projection = self.projection()[0] if self.projection is not None else None
         for layer in self.layers:
             hidden_states = layer(hidden_states, layout, shared_projection, **kwargs)
 
         pooled = self.pooler(hidden_states, mask) if self.pooler is not None else None
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+    def choose_tiles(self, layout: TokenLayout, B: int, N: int, device: torch.device) -> list[Tile] | None:
+        """The tiles that layers are worked through in where nothing needs the whole: no gradient, no attentions."""
+        size = self.config.inference_chunk_size
+        if size is None:
+            # What stays in a CPU's cache, and what keeps a GPU busy.
+            size = 512 if device.type == "cpu" else 16384
+        needs_whole = torch.is_grad_enabled() or self.config._attn_implementation == "eager"
+        if size == 0 or needs_whole or is_tracing(layout.lengths) or B * N <= size:
+            return None
+        tiles = cut_into_tiles(layout.known_lengths or [N], B, N, size, multiple=max(1, self.config.local_window))
+        return tiles or None
+
+    def embed_in_tiles(self, tiles: list[Tile], B: int, N: int, *inputs: Tensor | None) -> Tensor:
+        """The embeddings (B, N, D) of inputs (1 | B, N, ...), without a second tensor of their size."""
+        inputs = tuple(part if part is None else part.expand(B, *part.shape[1:]) for part in inputs)
+        embeddings = None
+        for rows, start, end in tiles:
+            tile = self.embeddings(*[part if part is None else part[rows, start:end] for part in inputs])
+            if embeddings is None:
+                embeddings = tile.new_zeros(B, N, tile.shape[-1])
+            embeddings[rows, start:end] = tile
+        assert embeddings is not None
+        return embeddings
 
 
 def check_labels(labels: Tensor, num_labels: int):

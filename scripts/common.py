@@ -381,14 +381,21 @@ def hardware() -> str:
 
 
 def append_result(path: str | Path, row: Mapping[str, Any], seed: int, argv: Sequence[str] | None = None) -> None:
-    """Add one row to a CSV of results: when, where and how it was made, then `row`.
+    """Add one row to a CSV of results; see `append_results`."""
+    append_results(path, [row], seed, argv)
+
+
+def append_results(
+    path: str | Path, rows: Iterable[Mapping[str, Any]], seed: int, argv: Sequence[str] | None = None
+) -> None:
+    """Add rows to a CSV of results, all at once: when, where and how they were made, then the row.
 
     Columns the file lacks are added to it, earlier rows staying empty there. Several runs may append at once.
     """
     path = Path(path)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     script = Path(sys.argv[0]).name
-    new = {
+    made = {
         "commit": commit.stdout.strip(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "hardware": hardware(),
@@ -396,22 +403,26 @@ def append_result(path: str | Path, row: Mapping[str, Any], seed: int, argv: Seq
         "transformers": transformers.__version__,
         "seed": seed,
         "command": shlex.join([f"scripts/{script}", *(sys.argv[1:] if argv is None else argv)]),
-        **{key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()},
     }
+    new = [
+        made | {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
+        for row in rows
+    ]
     # The lock is kept out of the folder of results, where it would be one more file to wonder about.
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     with FileLock(Path(tempfile.gettempdir(), f"hf_linformer_{name}.lock")):
-        rows: list[dict[str, Any]] = []
-        columns = list(new)
+        earlier: list[dict[str, Any]] = []
+        columns: list[str] = []
         if path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
-                rows = list(reader)
-                columns = list(dict.fromkeys([*(reader.fieldnames or []), *new]))
+                earlier = list(reader)
+                columns = list(reader.fieldnames or [])
+        columns = list(dict.fromkeys([*columns, *(key for row in new for key in row)]))
         with write_aside(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
-            writer.writerows([*rows, new])
+            writer.writerows([*earlier, *new])
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:

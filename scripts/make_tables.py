@@ -4,15 +4,17 @@
     python scripts/make_tables.py --check true          # exit 2 if the README does not say what results/ says
     python scripts/make_tables.py --results_file demo/results.csv   # print the table of one file
 
-A table stands between `<!-- table: results/NAME.csv -->` and `<!-- end of table -->`; runs that differ only in their
-seed become one row, as mean and standard deviation.
+A table stands between `<!-- table: results/NAME.csv -->` and `<!-- end of table -->`. Where a file has several tables
+the name of one follows it: `<!-- table: results/efficiency.csv peers -->`. In the table of fine-tuning, runs that
+differ only in their seed become one row, as mean and standard deviation.
 """
 
 import csv
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 from common import ROOT, UserError, parse_arguments, run_main, write_aside
@@ -27,9 +29,25 @@ class Arguments:
     results_file: str | None = field(
         default=None, metadata={"help": "Print the table of this CSV instead, and leave the README alone."}
     )
+    view: str | None = field(
+        default=None,
+        metadata={"help": "Which table of --results_file. Default: the one of its name, else finetuning."},
+    )
 
 
-MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- table: (\S+)(?: (\S+))? -->\n).*?(<!-- end of table -->)", re.DOTALL)
+# The name of a table, which is its file's or is given, to the module and function that make it: rows of the CSV to
+# lines of Markdown. Each is imported only when it is asked for, with what it needs.
+TABLES = {
+    "finetuning": "make_tables:finetuning_table",
+    "efficiency": "efficiency_tables:targets_table",
+    "targets": "efficiency_tables:targets_table",
+    "paper": "efficiency_tables:paper_table",
+    "peers": "efficiency_tables:peers_table",
+    "training": "efficiency_tables:training_table",
+    "spectrum": "plot_spectrum:spectrum_table",
+    "onnx": "onnx_table:onnx_table",
+}
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -79,23 +97,35 @@ def finetuning_table(rows: list[dict[str, str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *body]]
 
 
-def table_of(path: Path) -> str:
+def table_function(path: Path, view: str | None) -> Callable[[list[dict[str, str]]], list[str]]:
+    """What makes the lines of a table. Raises `UserError` for a view that there is not."""
+    name = view or (path.stem if path.stem in TABLES else "finetuning")
+    if name not in TABLES:
+        raise UserError(f"there is no table {name!r} of {path}; there are {', '.join(TABLES)}")
+    module, function = TABLES[name].split(":")
+    return getattr(import_module(module), function)
+
+
+def table_of(path: Path, view: str | None = None) -> str:
     """The table and, below it, where its numbers come from."""
     rows = read_rows(path)
+    if not rows:
+        raise UserError(f"{path} has no rows")
+    lines = table_function(path, view)(rows)
     made_with = sorted(
         {f"{row['hardware']}, torch {row['torch']}, transformers {row['transformers']}" for row in rows}
     )
-    return "\n".join([*finetuning_table(rows), "", f"Measured on {'; '.join(sorted(made_with))}."]) + "\n"
+    return "\n".join([*lines, "", f"Measured on {'; '.join(sorted(made_with))}."]) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments((Arguments,), argv, description=__doc__)
     if arguments.results_file:
-        print(table_of(Path(arguments.results_file)), end="")
+        print(table_of(Path(arguments.results_file), arguments.view), end="")
         return
     readme = Path(arguments.readme)
     text = readme.read_text(encoding="utf-8")
-    written = MARKED.sub(lambda match: match[1] + "\n" + table_of(ROOT / match[2]) + "\n" + match[3], text)
+    written = MARKED.sub(lambda match: match[1] + "\n" + table_of(ROOT / match[2], match[3]) + "\n" + match[4], text)
     if arguments.check:
         if written != text:
             raise UserError(f"{readme} does not say what results/ says; run: python scripts/make_tables.py")

@@ -90,15 +90,15 @@ def describe_slots(config, weights, layer: int, head: int, length: int, position
     n = config.max_position_embeddings
     pooling = config.projection_type in ("mean_pool", "max_pool")
     if pooling or (config.exact_short_sequences and length <= k):
-        members: list[list[int]] = [[] for _ in range(k)]
-        members[0].append(0)
-        others, spare = length - 1, min(k, length) - 1
-        for i in range(others):
-            members[1 + i * spare // others].append(1 + i)
+        others, segments = length - 1, min(k, length) - 1
+        members = [[0]]
+        for i in range(segments):
+            # As even as possible: one token more in each of the first `others % segments`.
+            size = others // segments + (1 if i < others % segments else 0)
+            first = members[-1][-1] + 1
+            members.append(list(range(first, first + size)))
         return [
-            {"key": {t: 1 / len(m) for t in m}, "value": {t: 1 / len(m) for t in m}, "stands_for": m}
-            for m in members
-            if m
+            {"key": {t: 1 / len(m) for t in m}, "value": {t: 1 / len(m) for t in m}, "stands_for": m} for m in members
         ]
 
     def matrix_of(name: str) -> Tensor:

@@ -1,0 +1,46 @@
+#!/bin/bash
+# Time and memory against length, forward and training: results/efficiency.csv and its figure. Hours on two cores; run it
+# alone on the machine. A command whose rows are in the CSV is not repeated, so it goes on where it was ended.
+#     bash runs/efficiency_study.sh                  # on a CPU
+#     bash runs/efficiency_study.sh cuda             # on a GPU, in bfloat16, every length
+set -euo pipefail
+cd "$(dirname "$0")/.."
+results=results/efficiency.csv
+python=.venv/bin/python
+export HF_HUB_OFFLINE=1
+device=${1:-cpu}
+
+measure() { # options of scripts/benchmark.py
+    if grep -qsF -e "scripts/benchmark.py $* --device $device --results_file $results" "$results"; then return; fi
+    $python scripts/benchmark.py "$@" --device "$device" --results_file "$results"
+}
+
+twins=(roberta_sdpa roberta_sdpa_tiled roberta_eager)
+dtypes=(float32 bfloat16)
+if [[ $device == cuda ]]; then dtypes=(bfloat16); fi
+
+for dtype in "${dtypes[@]}"; do
+    for n in 512 1024 2048 4096 8192 16384 32768 65536; do
+        measure --lengths "$n" --dtype "$dtype"
+        measure --lengths "$n" --dtype "$dtype" --models linear "${twins[@]}" --projected_lengths 256 512
+        # Without the tiles that a layer is worked through in.
+        measure --lengths "$n" --dtype "$dtype" --models linear linear:inference_chunk_size=0 "${twins[@]:0:2}" \
+            mean_pool mean_pool:inference_chunk_size=0
+    done
+    for n in 512 1024 2048; do
+        measure --lengths "$n" --dtype "$dtype" --batch_size 1 --models linear mean_pool "${twins[@]}"
+    done
+    for n in 512 1024 2048 4096 8192; do
+        measure --lengths "$n" --dtype "$dtype" --mode training --models linear mean_pool mean_pool:local_window=32 \
+            "${twins[@]}" modernbert_sdpa longformer nystromformer linformer_package linformer_pytorch_package
+    done
+done
+
+# What each option of training does to time and memory.
+measure --lengths 4096 --mode training --head masked_lm --num_hidden_layers 12 --models roberta_sdpa mean_pool \
+    mean_pool:dtype=bfloat16 mean_pool:gradient_checkpointing=true mean_pool:sparse_prediction=true
+# What torch.compile does.
+measure --lengths 4096 --models roberta_sdpa linear mean_pool roberta_sdpa:compile=true linear:compile=true \
+    mean_pool:compile=true
+
+$python scripts/plot_efficiency.py --device "$device" --dtype "${dtypes[0]}"

@@ -1,0 +1,221 @@
+"""scripts/make_tables.py and what it draws on: every table from a CSV written by hand, and the figure."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+import make_tables
+import plot_efficiency
+from common import UserError
+from efficiency_tables import paper_table, peers_table, targets_table, training_table
+
+
+PEAK = 100.0
+
+
+def cell(model: str, n: int, seconds: float | None, memory: float = 100.0, gflop: float = 10.0, **changes) -> dict:
+    """A row as scripts/benchmark.py writes it; seconds None: skipped."""
+    k = changes.pop("k", 128 if model in ("linear", "mean_pool") else "")
+    row = {
+        **{"commit": "abc", "date": "2026-01-01", "hardware": "a CPU, 2 cores", "torch": "2.13", "seed": 42},
+        **{"transformers": "5.24", "command": "scripts/benchmark.py", "run_id": "1", "group": 0, "model": model},
+        **{"sequence_length": n, "batch_size": max(1, 4096 // n), "projected_length": k, "options": ""},
+        **{"mode": "forward", "head": "none", "dtype": "float32", "base_dtype": "float32", "device": "cpu"},
+        **{"num_threads": 2, "vocab_size": 100, "hidden_size": 768, "num_hidden_layers": 3, "skipped": ""},
+        **{"num_attention_heads": 12, "intermediate_size": 3072, "tokens_per_batch": 4096, "gflop": gflop},
+        **{
+            "seconds_median": seconds,
+            "seconds_min": seconds and seconds * 0.9,
+            "seconds_max": seconds and seconds * 2,
+        },
+        **{"tokens_per_second": seconds and max(n, 4096) / seconds, "peak_memory_mib": memory},
+        **{"fraction_of_peak": seconds and gflop / seconds / PEAK},
+    }
+    if seconds is None:
+        row |= {"skipped": "needs about 9 GiB", "peak_memory_mib": "", "gflop": ""}
+    return row | changes
+
+
+def written(rows: list[dict], path: Path) -> list[dict[str, str]]:
+    """The rows as they come back from a CSV: text, and nothing for None."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return make_tables.read_rows(path)
+
+
+def cells_of(lines: list[str]) -> list[list[str]]:
+    """The body of the first Markdown table."""
+    table = [line for line in lines if line.startswith("|")]
+    return [[text.strip() for text in line.strip("|").split("|")] for line in table[2:]]
+
+
+@pytest.fixture
+def forward(tmp_path) -> list[dict[str, str]]:
+    rows = [
+        cell("roberta_sdpa", 4096, 2.0, memory=200, gflop=30.0),
+        cell("roberta_sdpa_tiled", 4096, 1.6),
+        cell("roberta_eager", 4096, 6.0, memory=1500, gflop=30.0),
+        cell("linear", 4096, 1.0, memory=100, gflop=12.0),
+        cell("linear", 4096, 1.25, memory=160, k=256),
+        cell("mean_pool", 4096, 1.6, options="local_window=32"),
+        cell("roberta_sdpa", 65536, 400.0, memory=3000, gflop=500.0),
+        cell("roberta_eager", 65536, None),
+        cell("linear", 65536, 20.0, memory=3000, gflop=200.0),
+    ]
+    return written(rows, tmp_path / "efficiency.csv")
+
+
+def test_targets(forward):
+    assert cells_of(targets_table(forward)) == [
+        ["4096", "Linformer, linear", "6.0x", "2.0x", "1.6x", "2.5x", "0.12", "3.4x"],
+        ["65536", "Linformer, linear", "–", "20x", "–", "2.5x", "0.10", "20x"],
+    ]
+    lines = targets_table(forward)
+    assert (
+        lines[0] == "Forward pass, float32, on the CPU with 2 threads, batches of 4096 tokens, 3 layers of width 768:"
+    )
+    assert "- RoBERTa, eager at n = 65536: needs about 9 GiB" in lines
+    assert "Not measured on a GPU" in lines[-1]
+
+
+def test_paper(forward):
+    assert cells_of(paper_table(forward)) == [
+        ["4096", "6.0x / 2.0x (3.4x)", "4.8x / 1.6x (3.2x)", "– (2.8x)"]
+        + ["15x / 2.0x (14x)", "9.4x / 1.2x (13x)", "– (8.3x)"],
+        ["65536", "– / 20x (20x)", "– (18x)", "– (16x)", "– / 1.0x (60x)", "– (52x)", "– (40x)"],
+    ]
+
+
+def test_peers(forward):
+    body = cells_of(peers_table(forward))
+    assert [line[:3] for line in body] == [
+        *(["4096", "RoBERTa, SDPA", ""], ["4096", "RoBERTa, SDPA, tiled", ""], ["4096", "RoBERTa, eager", ""]),
+        *(["4096", "Linformer, linear", "128"], ["4096", "Linformer, linear", "256"]),
+        *(["4096", "Linformer, mean_pool, `local_window=32`", "128"], ["65536", "RoBERTa, SDPA", ""]),
+        ["65536", "Linformer, linear", "128"],
+    ]
+    assert body[2][3:] == ["6 (5.4 to 12)", "0.33x", "683", "1,500", "0.05"]
+    assert "- RoBERTa, eager at n = 65536: needs about 9 GiB" in peers_table(forward)
+
+
+def test_training(tmp_path):
+    training = {"mode": "training", "head": "masked_lm"}
+    checkpointed = {"options": "local_window=32,gradient_checkpointing=true"}
+    rows = [
+        cell("roberta_sdpa", 1024, 4.0, memory=900, **training),
+        cell("mean_pool", 1024, 2.0, memory=800, options="local_window=32", **training),
+        cell("mean_pool", 1024, 2.5, memory=200, **training | checkpointed),
+        cell("linear", 1024, 1.0, memory=100, **training | {"dtype": "bfloat16", "options": "dtype=bfloat16"}),
+        cell("linear", 1024, 9.0),
+    ]
+    lines = training_table(written(rows, tmp_path / "rows.csv"))
+    assert "Training step (forward, backward, AdamW), masked-LM head, float32" in lines[0]
+    assert [line[6:] for line in cells_of(lines)] == [
+        *(["1.0x", "–", "–"], ["2.0x", "–", "–"], ["1.6x", "0.80x", "4.0x"]),
+        # Its plain model was measured in a forward pass alone.
+        ["4.0x", "–", "–"],
+    ]
+
+
+def test_ratios_stay_within_a_run_and_a_group(tmp_path):
+    rows = [
+        cell("roberta_sdpa", 512, 2.0),
+        cell("roberta_sdpa", 512, 3.0, group=1),
+        cell("linear", 512, 1.0, group=1),
+        cell("roberta_sdpa", 512, 50.0, run_id="2"),
+    ]
+    assert cells_of(targets_table(written(rows, tmp_path / "rows.csv")))[0][3] == "3.0x"
+    alone = [cell("linear", 512, 1.0, run_id="1"), cell("roberta_sdpa", 512, 2.0, run_id="2")]
+    assert cells_of(targets_table(written(alone, tmp_path / "rows.csv")))[0][3] == "–"
+
+
+def test_the_latest_measurement_counts(tmp_path):
+    rows = [cell("linear", 512, 1.0), cell("linear", 512, 7.0, run_id="2")]
+    assert [line[3] for line in cells_of(peers_table(written(rows, tmp_path / "rows.csv")))] == ["7 (6.3 to 14)"]
+
+
+def test_a_run_with_all_to_compare_with_counts_before_a_later_one_without(tmp_path):
+    rows = [
+        *(cell("linear", 512, 1.0), cell("roberta_sdpa", 512, 2.0), cell("roberta_eager", 512, 4.0)),
+        *(cell("linear", 512, 1.5, run_id="2"), cell("roberta_sdpa", 512, 9.0, run_id="2")),
+    ]
+    assert cells_of(targets_table(written(rows, tmp_path / "rows.csv")))[0][2:4] == ["4.0x", "2.0x"]
+
+
+def test_what_is_not_comparable_stands_in_tables_of_its_own(tmp_path):
+    rows = [
+        cell("linear", 4096, 1.0),
+        cell("linear", 4096, 0.1, device="cuda", hardware="1 x a GPU", base_dtype="bfloat16", dtype="bfloat16"),
+        cell("linear", 512, 0.2, tokens_per_batch="", batch_size=1),
+        cell("linear", 1024, 0.3, tokens_per_batch="", batch_size=1),
+        cell("linear", 1024, 0.6, tokens_per_batch="", batch_size=2),
+    ]
+    lines = peers_table(written(rows, tmp_path / "rows.csv"))
+    assert [line for line in lines if line.endswith(":")] == [
+        "Forward pass, float32, on the CPU with 2 threads, batches of 4096 tokens, 3 layers of width 768:",
+        "Forward pass, bfloat16, on the GPU, batches of 4096 tokens, 3 layers of width 768:",
+        "Forward pass, float32, on the CPU with 2 threads, batch size 1, 3 layers of width 768:",
+        "Forward pass, float32, on the CPU with 2 threads, batch size 2, 3 layers of width 768:",
+    ]
+    assert not any("Not measured on a GPU" in line for line in lines)
+
+
+def test_views_of_a_file_in_a_readme(forward, tmp_path, monkeypatch):
+    monkeypatch.setattr(make_tables, "ROOT", tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text(
+        "before\n<!-- table: efficiency.csv -->\nold\n<!-- end of table -->\nbetween\n"
+        "<!-- table: efficiency.csv peers -->\nold\n<!-- end of table -->\nafter\n"
+    )
+    with pytest.raises(UserError, match="does not say what results/ says"):
+        make_tables.main(["--readme", str(readme), "--check", "true"])
+    make_tables.main(["--readme", str(readme)])
+    text = readme.read_text()
+    first, second = text.split("between")
+    assert text.startswith("before\n") and text.endswith("<!-- end of table -->\nafter\n") and "old" not in text
+    assert "limit by operations" in first and "tokens/s" in second
+    assert first.count("Measured on a CPU, 2 cores, torch 2.13, transformers 5.24.") == 1
+    make_tables.main(["--readme", str(readme), "--check", "true"])
+
+
+def test_the_table_of_a_file_is_printed(forward, tmp_path, capsys):
+    make_tables.main(["--results_file", str(tmp_path / "efficiency.csv"), "--view", "paper"])
+    assert "| 4096 | 6.0x / 2.0x (3.4x) |" in capsys.readouterr().out
+
+
+def test_what_there_is_no_table_of_is_refused(forward, tmp_path):
+    with pytest.raises(UserError, match="there is no table 'pears' of .*there are finetuning, efficiency, targets"):
+        make_tables.main(["--results_file", str(tmp_path / "efficiency.csv"), "--view", "pears"])
+    with pytest.raises(UserError, match="there are no results in .*nothing.csv"):
+        make_tables.main(["--results_file", str(tmp_path / "nothing.csv")])
+    (tmp_path / "empty.csv").write_text("model\n")
+    with pytest.raises(UserError, match="empty.csv has no rows"):
+        make_tables.main(["--results_file", str(tmp_path / "empty.csv")])
+
+
+def test_the_figure(tmp_path, capsys):
+    lengths = (512, 1024, 2048, 4096, 8192)
+    rows = [cell("linear", n, 1e-3 * max(n, 4096), memory=0.1 * max(n, 4096)) for n in lengths]
+    rows += [cell("roberta_sdpa", n, 1e-6 * n * max(n, 4096), memory=0.1 * max(n, 4096)) for n in lengths]
+    rows += [cell("roberta_eager", 8192, None), cell("linear", 8192, 5.0, k=256), cell("mean_pool", 512, 1.0)]
+    rows += [cell("roberta_sdpa", 512, 1.0, mode="training")]
+    written(rows, tmp_path / "efficiency.csv")
+    figure = tmp_path / "figures" / "efficiency.png"
+    argv = ["--results_file", str(tmp_path / "efficiency.csv"), "--output_file", str(figure)]
+    plot_efficiency.main(argv)
+    assert figure.read_bytes().startswith(b"\x89PNG") and list(figure.parent.iterdir()) == [figure]
+
+    (arguments,) = plot_efficiency.parse_arguments((plot_efficiency.Arguments,), argv)
+    curves = {
+        name: curve for name, *curve in plot_efficiency.curves_of(make_tables.read_rows(Path(argv[1])), arguments)
+    }
+    assert list(curves) == ["Linformer, linear", "RoBERTa, SDPA", "Linformer, mean_pool"]
+    powers = [plot_efficiency.exponent(curve[0], curve[1]) for curve in curves.values()]
+    # One point alone has no slope.
+    assert powers[:2] == pytest.approx([1, 2]) and powers[2] is None
+    assert plot_efficiency.exponent(*curves["RoBERTa, SDPA"][::2]) == pytest.approx(1)
+    with pytest.raises(UserError, match="has no measured rows of --mode forward, --dtype bfloat16"):
+        plot_efficiency.main([*argv, "--dtype", "bfloat16"])
