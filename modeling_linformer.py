@@ -588,7 +588,7 @@ class LinformerSelfAttention(nn.Module):
         fitted_E = fit_projection(E, k, layout.position_ids, N)
         fitted_F = fitted_E if F is E else fit_projection(F, k, layout.position_ids, N)
         if self.config.projection_type == "convolution":
-            stride = -(-self.config.max_position_embeddings // head_slots)
+            stride = (self.config.max_position_embeddings + head_slots - 1) // head_slots
             return Slots(fitted_E, fitted_F, fed_by_convolution(layout, stride, k, N))
         # A dense E sees the whole row; a slot is unfed only in a head that has fewer than the layer's k.
         fed = torch.arange(k, device=E.device) < head_slots
@@ -605,7 +605,8 @@ class LinformerSelfAttention(nn.Module):
         F = E if slots.F is slots.E else torch.where(short[..., None], identity, slots.F)
         # The slots of a longer row see all of it: they end in no neighbourhood.
         end_of_long = torch.iinfo(end.dtype).max
-        return Slots(E, F, torch.where(short, end > start, slots.fed), start, torch.where(short, end, end_of_long))
+        fed = (short & (end > start)) | (~short & slots.fed)
+        return Slots(E, F, fed, start, torch.where(short, end, end_of_long))
 
     def head_slots(self, device: torch.device) -> Tensor:
         """k of every head: (H, 1), or (1, 1) if all have the same."""

@@ -71,7 +71,8 @@ def test_every_projection(settings, tmp_path):
         found(subject.inputs(torch.ones(1, n + 1, dtype=torch.bool), torch.Generator()))
 
 
-@pytest.mark.parametrize("task", HEADS)
+# Token classification is the head of the test above.
+@pytest.mark.parametrize("task", [task for task in HEADS if task != "token-classification"])
 def test_every_head(task, tmp_path):
     options = {"num_hidden_layers": 1, "projection_type": "mean_pool", "projected_length": [5], "num_labels": 4}
     model = build(HEADS[task], **options)
@@ -130,7 +131,7 @@ def saved(tmp_path_factory):
         projected_length=8,
         projection_type="mean_pool",
         local_window=4,
-        initializer_range=0.5,
+        initializer_range=0.1,
         id2label=dict(enumerate(LABELS)),
         label2id={name: index for index, name in enumerate(LABELS)},
         problem_type="single_label_classification",
@@ -212,7 +213,9 @@ def test_rows_of_results(run):
     assert pytorch["eval_accuracy"] == graph["eval_accuracy"]
 
 
-def test_nothing_is_overwritten_unasked_and_nothing_stale_is_left(run, saved, tmp_path):
+def test_nothing_is_overwritten_unasked_and_nothing_stale_is_left(run, saved, tmp_path, monkeypatch):
+    graph = (run[0] / "model.onnx").read_bytes()
+    monkeypatch.setattr(export_onnx, "export", lambda subject, path: path.write_bytes(graph))
     folder = tmp_path / "onnx"
     folder.mkdir()
     for name in ("model_int8.onnx", "notes.txt"):
@@ -222,7 +225,7 @@ def test_nothing_is_overwritten_unasked_and_nothing_stale_is_left(run, saved, tm
     assert {path.name for path in folder.iterdir()} == {"model_int8.onnx", "notes.txt"}
     in_process(saved, folder, "--overwrite_output_dir", "true", "--timed_lengths", "3", "--num_repeats", "1")
     assert (folder / "notes.txt").read_text() == "mine"
-    assert (folder / "model.onnx").read_bytes() == (run[0] / "model.onnx").read_bytes()
+    assert (folder / "model.onnx").read_bytes() == graph
     assert not (folder / "model_int8.onnx").exists()
 
 

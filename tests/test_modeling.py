@@ -67,6 +67,52 @@ def test_equals_the_equations_in_single_precision(settings):
             torch.testing.assert_close(states[keep], expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("settings", variants(), ids=variant_id)
+@pytest.mark.parametrize("size", [5, 30])
+def test_tiles_change_nothing(settings, size):
+    """Parts of a row and several rows at a time; pads right, left and in between, a row of pads alone."""
+    model = build(LinformerModel, dtype=torch.float64, **settings)
+    tokens_in_layer: list[int] = []
+    handle = model.layers[0].mlp.register_forward_hook(
+        lambda module, args, output: tokens_in_layer.append(args[0].shape[0] * args[0].shape[1])
+    )
+    input_ids, holes = padded_batch((24, 3, 12, 0), 27, seed=3)
+    right = torch.arange(27) < torch.tensor([24, 3, 12, 0])[:, None]
+    for mask in (None, holes, right, right.flip(1)):
+        with torch.no_grad():
+            model.config.inference_chunk_size = 0
+            whole = model(input_ids, attention_mask=mask).last_hidden_state
+            model.config.inference_chunk_size = size
+            tokens_in_layer.clear()
+            tiles = model(input_ids, attention_mask=mask).last_hidden_state
+        real = torch.ones(4, 27, dtype=torch.bool) if mask is None else mask.bool()
+        torch.testing.assert_close(tiles[real], whole[real], rtol=0, atol=1e-12)
+        assert tiles.isfinite().all()
+        # Tiles begin where blocks of the window of 3 do.
+        assert len(tokens_in_layer) > 1 and max(tokens_in_layer) <= size + 2
+    assert sum(tokens_in_layer) <= 3 * 27, "the row of pads alone should cost nothing"
+    handle.remove()
+
+
+def test_tiles_are_for_inference_without_attentions():
+    model, eager = (
+        build(LinformerModel, inference_chunk_size=5),
+        build(LinformerModel, attention="eager", inference_chunk_size=5),
+    )
+    model.requires_grad_(False).train()
+    input_ids, _ = padded_batch((24,), 24)
+    calls: list[int] = []
+    for each in (model, eager):
+        each.layers[0].mlp.register_forward_hook(lambda module, args, output: calls.append(args[0].shape[1]))
+    model(input_ids)
+    with torch.no_grad():
+        eager(input_ids)
+    assert calls == [24, 24]
+    with torch.no_grad():
+        model(input_ids)
+    assert len(calls) > 3
+
+
 @pytest.mark.parametrize("kind", LEARNED)
 @pytest.mark.parametrize("exact", [False, True])
 def test_positions_given_by_the_caller_choose_the_columns_of_E(kind, exact):
