@@ -81,22 +81,22 @@ class TokenLayout(NamedTuple):
     tiles: list[Tile] | None = None  # the parts that a layer is worked through in; None: all at once
 
 
-class Memory(NamedTuple):
-    """What the queries of a layer attend to: the slots and, with a local window, behind them the first token."""
+class SharedKeys(NamedTuple):
+    """What all queries of a row attend to: the slots and, with a local window, behind them the first token."""
 
     key: Tensor  # (B, H, k, d)
     value: Tensor  # (B, H, k, d)
     bias: Tensor | None  # added to the scores (1 | B, G, 1, k), with a window (1 | B, G, M, 1, k + 1)
     nearby_bias: Tensor | None = None  # the same for the neighbourhood of each block, (1 | B, 1, M, 1, 3 w)
 
-    def of(self, tile: Tile, w: int) -> "Memory":
+    def of(self, tile: Tile, w: int) -> "SharedKeys":
         """What concerns the rows of a tile and, with a window of w, its blocks."""
         blocks = slice(tile.start // w, -(-tile.end // w)) if w else slice(None)
         bias, nearby_bias = (
             bias if bias is None else bias[tile.rows if bias.shape[0] > 1 else slice(None), :, blocks]
             for bias in (self.bias, self.nearby_bias)
         )
-        return Memory(self.key[tile.rows], self.value[tile.rows], bias, nearby_bias)
+        return SharedKeys(self.key[tile.rows], self.value[tile.rows], bias, nearby_bias)
 
 
 class Slots(NamedTuple):
@@ -278,7 +278,9 @@ def pool_segments(states: Tensor, length: int, k: int, pool: Callable[[Tensor], 
 
 def mean_of_segments(segments: Tensor) -> Tensor:
     """(B, segments, tokens, C) -> (B, segments, C)"""
-    # Torch's mean in half precision takes ten times as long on a CPU as its sum.
+    # In bfloat16 a sum takes a tenth of the time of torch's mean on CPUs. In float16 that of a long segment overflows.
+    if segments.dtype == torch.float16:
+        return segments.mean(dim=2)
     return segments.sum(dim=2) / segments.shape[2]
 
 
@@ -476,36 +478,38 @@ class LinformerSelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (B, N, D) -> output (B, N, D), attention probabilities (B, H, N, keys) if `eager`"""
         states = mask_padding(reorder(hidden_states, layout.order), layout.mask)
-        memory = self.build_memory(states, layout, shared_projection)
-        context, probabilities = self.attend(states, memory, nearby=states, **kwargs)
+        shared = self.build_shared_keys(states, layout, shared_projection)
+        context, probabilities = self.attend(states, shared, nearby=states, **kwargs)
         if probabilities is not None:
             probabilities = self.pad_unused_slots(reorder(probabilities, layout.rank, dim=2))
         return self.output(reorder(context, layout.rank)), probabilities
 
-    def forward_tile(self, states: Tensor, memory: Memory, tile: Tile, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
+    def forward_tile(
+        self, states: Tensor, shared: SharedKeys, tile: Tile, **kwargs: Unpack[TransformersKwargs]
+    ) -> Tensor:
         """`forward` for the tokens of a tile, of states (B, N, D) in rank order -> (rows, tokens, D)"""
         rows, start, end = tile
         w = self.config.local_window
         nearby = states[rows, max(start - w, 0) : end + w] if w else None
-        context, _ = self.attend(states[rows, start:end], memory.of(tile, w), nearby, min(start, w), **kwargs)
+        context, _ = self.attend(states[rows, start:end], shared.of(tile, w), nearby, min(start, w), **kwargs)
         return self.output(context)
 
-    def build_memory(self, states: Tensor, layout: TokenLayout, shared_projection: Tensor | None) -> Memory:
+    def build_shared_keys(self, states: Tensor, layout: TokenLayout, shared_projection: Tensor | None) -> SharedKeys:
         """The slots of every row, and what is added to the scores: states (B, N, D) in rank order, 0 at pads."""
         E, F = (shared_projection, shared_projection) if self.projection is None else self.projection()
         slots = self.build_slots(E, F, layout, states)
         key, value = self.project_keys_and_values(states, slots, layout)  # (B, H, k, d)
         if not self.config.local_window:
-            return Memory(key, value, self.slot_bias(slots, key.dtype))
+            return SharedKeys(key, value, self.slot_bias(slots, key.dtype))
         first = states[:, :1]
         key = torch.cat([key, self.split_heads(self.key(first))], dim=2)
         value = torch.cat([value, self.split_heads(self.value(first))], dim=2)
-        return Memory(key, value, *self.neighbourhood_bias(slots, layout, states.shape[1], key.dtype))
+        return SharedKeys(key, value, *self.neighbourhood_bias(slots, layout, states.shape[1], key.dtype))
 
     def attend(
         self,
         queries: Tensor,
-        memory: Memory,
+        shared: SharedKeys,
         nearby: Tensor | None,
         before: int = 0,
         **kwargs: Unpack[TransformersKwargs],
@@ -517,15 +521,15 @@ class LinformerSelfAttention(nn.Module):
         query = self.split_heads(self.query(queries))
         if self.config.local_window:
             assert nearby is not None
-            context, probabilities = self.attend_nearby(query, memory, nearby, before)
+            context, probabilities = self.attend_nearby(query, shared, nearby, before)
         else:
-            interface = self.attention_interface(query)
+            interface = self.attention_interface(query, shared.key)
             context, probabilities = interface(
                 self,
                 query,
-                memory.key,
-                memory.value,
-                memory.bias,
+                shared.key,
+                shared.value,
+                shared.bias,
                 scaling=self.scaling,
                 dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
                 **kwargs,
@@ -533,10 +537,12 @@ class LinformerSelfAttention(nn.Module):
         returns_probabilities = self.config._attn_implementation == "eager"
         return context.flatten(2), probabilities if returns_probabilities else None
 
-    def attention_interface(self, query: Tensor) -> Callable:
+    def attention_interface(self, query: Tensor, key: Tensor) -> Callable:
+        """The function for `attn_implementation`: query (B, H, N, d), key (B, H, k, d)"""
         implementation = self.config._attn_implementation
-        # With as few keys as here, two products and a softmax beat the fused kernel of CPUs in half precision.
-        if implementation == "sdpa" and query.device.type == "cpu" and query.dtype != torch.float32:
+        # In half precision the fused kernel of CPUs loses to two products and a softmax as long as the keys are few.
+        is_half_on_cpu = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
+        if implementation == "sdpa" and is_half_on_cpu and key.shape[2] < 512:
             implementation = "eager"
         return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
 
@@ -673,7 +679,7 @@ class LinformerSelfAttention(nn.Module):
         first = torch.arange(slots.fed.shape[-1], device=nothing.device) == 0
         return additive_mask(slots.fed | (nothing & first), dtype)[:, :, None]
 
-    def attend_nearby(self, query: Tensor, memory: Memory, nearby: Tensor, before: int) -> tuple[Tensor, Tensor]:
+    def attend_nearby(self, query: Tensor, shared: SharedKeys, nearby: Tensor, before: int) -> tuple[Tensor, Tensor]:
         """Attention to the slots, the first token and an exact neighbourhood, in one softmax.
 
         The tokens are cut into M blocks of w, and all queries of a block see the block and those on either side: two
@@ -681,22 +687,22 @@ class LinformerSelfAttention(nn.Module):
 
         query (B, H, N, d), nearby as in `attend` -> (B, N, H, d), probabilities (B, H, N, k + 1 + 3 w)
         """
-        assert memory.bias is not None and memory.nearby_bias is not None
-        w, N, M = self.config.local_window, query.shape[2], memory.nearby_bias.shape[2]
+        assert shared.bias is not None and shared.nearby_bias is not None
+        w, N, M = self.config.local_window, query.shape[2], shared.nearby_bias.shape[2]
         query = functional.pad(query * self.scaling, (0, 0, 0, M * w - N))  # (B, H, M w, d)
         key = self.neighbourhoods(self.key(nearby), before, M)
         value = self.neighbourhoods(self.value(nearby), before, M)
 
         blocks = query.reshape(*query.shape[:2], M, w, self.head_dim)
-        of_memory = torch.matmul(query, memory.key.transpose(2, 3)).reshape(*blocks.shape[:4], -1) + memory.bias
-        of_tokens = torch.matmul(blocks, key.transpose(3, 4)) + memory.nearby_bias
-        scores = torch.cat([of_memory, of_tokens], dim=-1)  # (B, H, M, w, k + 1 + 3 w)
+        of_shared = torch.matmul(query, shared.key.transpose(2, 3)).reshape(*blocks.shape[:4], -1) + shared.bias
+        of_tokens = torch.matmul(blocks, key.transpose(3, 4)) + shared.nearby_bias
+        scores = torch.cat([of_shared, of_tokens], dim=-1)  # (B, H, M, w, k + 1 + 3 w)
         probabilities = functional.softmax(scores, dim=-1)
         probabilities = functional.dropout(
             probabilities, p=self.config.attention_probs_dropout_prob, training=self.training
         )
-        of_memory, of_tokens = probabilities.split([memory.key.shape[2], 3 * w], dim=-1)
-        context = torch.matmul(of_memory.flatten(2, 3), memory.value) + torch.matmul(of_tokens, value).flatten(2, 3)
+        of_shared, of_tokens = probabilities.split([shared.key.shape[2], 3 * w], dim=-1)
+        context = torch.matmul(of_shared.flatten(2, 3), shared.value) + torch.matmul(of_tokens, value).flatten(2, 3)
         return context[:, :, :N].transpose(1, 2), probabilities.flatten(2, 3)[:, :, :N]
 
     def neighbourhoods(self, tokens: Tensor, before: int, M: int) -> Tensor:
@@ -788,14 +794,14 @@ class LinformerLayer(GradientCheckpointingLayer):
         shared_projection: Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
-        """The same in bounded memory: once the slots are known, a token depends on nothing but its neighbourhood."""
+        """`forward` without wide intermediates of all tokens: once the slots are known, a token depends on nothing but its neighbourhood."""
         assert layout.tiles is not None
         states = mask_padding(reorder(hidden_states, layout.order), layout.mask)
-        memory = self.attention.build_memory(states, layout, shared_projection)
+        shared = self.attention.build_shared_keys(states, layout, shared_projection)
         # No tile holds what lies behind the longest of its rows.
         output = torch.empty_like(states) if layout.mask is None else torch.zeros_like(states)
         for tile in layout.tiles:
-            attended = self.attention.forward_tile(states, memory, tile, **kwargs)
+            attended = self.attention.forward_tile(states, shared, tile, **kwargs)
             part = (tile.rows, slice(tile.start, tile.end))
             output[part] = self.add_and_feed_forward(states[part], attended)
         return reorder(output, layout.rank)

@@ -94,6 +94,33 @@ def test_tiles_change_nothing(settings, size):
     handle.remove()
 
 
+def test_means_of_long_segments_do_not_overflow_in_half_precision():
+    from hf_linformer.modeling_linformer import mean_of_segments
+
+    for dtype in (torch.float16, torch.bfloat16):
+        segments = torch.full((1, 2, 512, 3), 1000.0, dtype=dtype)
+        torch.testing.assert_close(mean_of_segments(segments), torch.full((1, 2, 3), 1000.0, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("pool", ["mean_of_segments", "maximum_of_segments"])
+def test_segments_as_views_are_the_segments_of_the_bounds(pool, dtype):
+    from hf_linformer import modeling_linformer
+
+    pool = getattr(modeling_linformer, pool)
+    states = torch.randn(1, 23, 5, dtype=dtype)
+    for k in (2, 3, 7, 22, 23):
+        for length in range(1, 24):
+            pooled = modeling_linformer.pool_segments(states, length, k, pool)[0]
+            start, end = modeling_linformer.segment_bounds(torch.tensor([length]), torch.tensor([[k]]), k)
+            for slot, (first, last) in enumerate(zip(start[0, 0], end[0, 0])):
+                if first == last:
+                    expected = torch.zeros(5, dtype=dtype)
+                else:
+                    expected = pool(states[:, None, first:last])[0, 0]
+                torch.testing.assert_close(pooled[slot], expected)
+
+
 def test_tiles_are_for_inference_without_attentions():
     model, eager = (
         build(LinformerModel, inference_chunk_size=5),
