@@ -794,7 +794,7 @@ class LinformerLayer(GradientCheckpointingLayer):
         shared_projection: Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
-        """`forward` without wide intermediates of all tokens: once the slots are known, a token depends on nothing but its neighbourhood."""
+        """`forward`, some tokens at a time: once the slots are known, a token needs its neighbourhood only."""
         assert layout.tiles is not None
         states = mask_padding(reorder(hidden_states, layout.order), layout.mask)
         shared = self.attention.build_shared_keys(states, layout, shared_projection)

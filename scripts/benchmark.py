@@ -221,11 +221,21 @@ class Worker:
         )
 
     def warm_up(self) -> None:
-        self.known = self.ask(asdict(self.plan.cell))
+        self.known = self.try_to_ask(asdict(self.plan.cell))
 
     def run(self) -> None:
         """One timed step."""
-        self.seconds.append(self.ask("run")["seconds"])
+        if answer := self.try_to_ask("run"):
+            self.seconds.append(answer["seconds"])
+
+    def try_to_ask(self, message: Any) -> dict[str, Any]:
+        """The answer; of a worker that fails nothing, its process is ended and `failure` says why."""
+        try:
+            return self.ask(message)
+        except WorkerFailed as failure:
+            self.failure = str(failure)
+            self.process.kill()
+            return {}
 
     def ask(self, message: Any) -> dict[str, Any]:
         """Sends a line and waits for the answer. Raises `WorkerFailed`."""
@@ -282,11 +292,7 @@ def start_group(queue: list[Planned], workers: list[Worker], arguments: Benchmar
         worker = Worker(queue.pop(0), arguments.max_wait_seconds)
         workers.append(worker)
         bar.set_postfix_str(f"warming up {worker.plan.cell.name}")
-        try:
-            worker.warm_up()
-        except WorkerFailed as failure:
-            worker.failure = str(failure)
-            worker.process.kill()
+        worker.warm_up()
         bar.update()
 
 
@@ -298,11 +304,7 @@ def run_in_turn(workers: list[Worker], arguments: BenchmarkArguments, bar: tqdm)
             if worker.failure or turn >= worker.repeats(arguments):
                 continue
             bar.set_postfix_str(f"step {turn + 1} of {worker.plan.cell.name}")
-            try:
-                worker.run()
-            except WorkerFailed as failure:
-                worker.failure = str(failure)
-                worker.process.kill()
+            worker.run()
 
 
 def measure_column(

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from common import UserError
 from hf_linformer import LinformerConfig, LinformerForSequenceClassification
+from tiny import save_classifier
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,26 +28,7 @@ TEXTS = [
 def saved(tmp_path_factory) -> Path:
     """A Linformer with random weights that are large enough to tell texts apart, cut at 24 tokens."""
     folder = tmp_path_factory.mktemp("classify") / "model"
-    torch.manual_seed(0)
-    config = LinformerConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-        projected_length=8,
-        projection_type="mean_pool",
-        classifier_pooling="mean",
-        initializer_range=0.5,
-        id2label=dict(enumerate(LABELS)),
-        label2id={name: index for index, name in enumerate(LABELS)},
-        problem_type="single_label_classification",
-    )
-    LinformerForSequenceClassification(config).save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tokenizer")
-    tokenizer.model_max_length = 24
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_classifier(folder, LABELS, classifier_pooling="mean", initializer_range=0.5)
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,9 @@ import torch
 from transformers import AutoTokenizer
 
 import export_onnx
-from common import ROOT, UserError
+from common import UserError
 from export_onnx import Subject, compare, export, largest_difference, onnx_engine, torch_engine
 from hf_linformer import (
-    LinformerConfig,
     LinformerForMaskedLM,
     LinformerForMultipleChoice,
     LinformerForQuestionAnswering,
@@ -23,7 +22,7 @@ from hf_linformer import (
     LinformerModel,
 )
 from onnx_table import onnx_table
-from tiny import TYPES, build
+from tiny import TYPES, build, save_classifier
 
 
 for package in export_onnx.PACKAGES:
@@ -120,27 +119,8 @@ def test_a_graph_that_differs_is_refused(wrong):
 def saved(tmp_path_factory):
     """A classifier with random weights, its tokenizer cut at 24 tokens."""
     folder = tmp_path_factory.mktemp("export") / "model"
-    torch.manual_seed(0)
-    config = LinformerConfig(
-        # Matrices of up to 8192 numbers are transposed on export already, and would hide that larger ones are not.
-        hidden_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-        projected_length=8,
-        projection_type="mean_pool",
-        local_window=4,
-        initializer_range=0.1,
-        id2label=dict(enumerate(LABELS)),
-        label2id={name: index for index, name in enumerate(LABELS)},
-        problem_type="single_label_classification",
-    )
-    LinformerForSequenceClassification(config).save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tokenizer")
-    tokenizer.model_max_length = 24
-    tokenizer.save_pretrained(folder)
-    return folder
+    # Matrices of up to 8192 numbers are transposed on export already, and would hide that larger ones are not.
+    return save_classifier(folder, LABELS, hidden_size=96, local_window=4, initializer_range=0.1)
 
 
 @pytest.fixture(scope="module")

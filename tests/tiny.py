@@ -1,8 +1,11 @@
 """Tiny models and every variant of the projection, for the tests."""
 
-import torch
+from pathlib import Path
 
-from hf_linformer import LinformerConfig
+import torch
+from transformers import AutoTokenizer
+
+from hf_linformer import LinformerConfig, LinformerForSequenceClassification
 
 
 TYPES = ("linear", "random", "mean_pool", "max_pool", "convolution")
@@ -90,3 +93,25 @@ def variant_id(settings: dict) -> str:
     exact = "-exact" if settings.get("exact_short_sequences") else ""
     sharing = settings.get("projection_sharing", "layerwise")
     return f"{settings.get('projection_type', 'linear')}-{sharing}-w{settings.get('local_window', 0)}{by}{exact}"
+
+
+def save_classifier(folder: Path, labels: list[str], **changes) -> Path:
+    """A seeded one-layer classifier of up to 24 tokens, saved with the repository's tokenizer."""
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": 32,
+        "projected_length": 8,
+        "projection_type": "mean_pool",
+        "id2label": dict(enumerate(labels)),
+        "label2id": {name: index for index, name in enumerate(labels)},
+        "problem_type": "single_label_classification",
+    }
+    LinformerForSequenceClassification(LinformerConfig(**{**sizes, **changes})).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "tokenizer")
+    tokenizer.model_max_length = 24
+    tokenizer.save_pretrained(folder)
+    return folder
