@@ -553,10 +553,12 @@ class LinformerSelfAttention(nn.Module):
     def pad_unused_slots(self, probabilities: Tensor) -> Tensor:
         """Makes the columns of slots always k, whether or not there were as many tokens: (B, H, N, keys)"""
         w = self.config.local_window
-        exact = 1 + 3 * w if w else 0
-        of_slots, of_tokens = probabilities.tensor_split([probabilities.shape[-1] - exact], dim=-1)
-        of_slots = functional.pad(of_slots, (0, self.num_slots - of_slots.shape[-1]))
-        return torch.cat([of_slots, of_tokens], dim=-1)
+        used = probabilities.shape[-1] - (1 + 3 * w if w else 0)
+        if used == self.num_slots:
+            # What is returned then is what the output was made from, and can retain a gradient.
+            return probabilities
+        of_slots, of_tokens = probabilities.tensor_split([used], dim=-1)
+        return torch.cat([functional.pad(of_slots, (0, self.num_slots - used)), of_tokens], dim=-1)
 
     def build_slots(self, E: Tensor | None, F: Tensor | None, layout: TokenLayout, states: Tensor) -> Slots:
         """What the slots of this batch are: states (B, N, D) in rank order, E and F (G, k, n) or None with pooling."""
