@@ -479,10 +479,12 @@ class LinformerSelfAttention(nn.Module):
         """hidden_states (B, N, D) -> output (B, N, D), attention probabilities (B, H, N, keys) if `eager`"""
         states = mask_padding(reorder(hidden_states, layout.order), layout.mask)
         shared = self.build_shared_keys(states, layout, shared_projection)
-        context, probabilities = self.attend(states, shared, nearby=states, **kwargs)
+        # To slots the order of the queries is all one, so that without a window they stay in that of the batch.
+        queries, rank = (states, layout.rank) if self.config.local_window else (hidden_states, None)
+        context, probabilities = self.attend(queries, shared, nearby=states, **kwargs)
         if probabilities is not None:
-            probabilities = self.pad_unused_slots(reorder(probabilities, layout.rank, dim=2))
-        return self.output(reorder(context, layout.rank)), probabilities
+            probabilities = self.pad_unused_slots(reorder(probabilities, rank, dim=2))
+        return self.output(reorder(context, rank)), probabilities
 
     def forward_tile(
         self, states: Tensor, shared: SharedKeys, tile: Tile, **kwargs: Unpack[TransformersKwargs]
