@@ -36,6 +36,7 @@ class Arguments:
     mode: str = field(default="forward", metadata={"help": "Steps to draw.", "choices": ["forward", "training"]})
     dtype: str = field(default="float32", metadata={"help": "Their type.", "choices": ["float32", "bfloat16"]})
     device: str = field(default="cpu", metadata={"help": "Where they ran.", "choices": ["cpu", "cuda"]})
+    num_hidden_layers: int = field(default=3, metadata={"help": "Layers of all models."})
     projected_length: int = field(default=128, metadata={"help": "k of the models with slots."})
     models: list[str] | None = field(
         default=None,
@@ -47,8 +48,9 @@ Curve = tuple[str, list[int], list[float], list[float]]
 
 
 def is_drawn(row: Row, arguments: Arguments) -> bool:
-    wanted = (arguments.mode, arguments.dtype, arguments.device)
-    if not is_measured(row) or (row["mode"], row["dtype"], row["device"]) != wanted or row["head"] != "none":
+    wanted = (arguments.mode, arguments.dtype, arguments.device, str(arguments.num_hidden_layers), "none")
+    found = tuple(row[name] for name in ("mode", "dtype", "device", "num_hidden_layers", "head"))
+    if not is_measured(row) or found != wanted:
         return False
     if row["projected_length"] not in ("", str(arguments.projected_length)):
         return False
@@ -101,10 +103,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not curves:
         raise UserError(
             f"{arguments.results_file} has no measured rows of --mode {arguments.mode}, --dtype {arguments.dtype}, "
-            f"--device {arguments.device} and k = {arguments.projected_length}; scripts/benchmark.py makes them"
+            f"--device {arguments.device}, {arguments.num_hidden_layers} layers and k = {arguments.projected_length}; "
+            "scripts/benchmark.py makes them"
         )
-    hardware = ", ".join(sorted({row["hardware"] for row in rows if is_drawn(row, arguments)}))
-    title = f"{arguments.mode}, {arguments.dtype}, k = {arguments.projected_length}, {hardware}"
+    machines = sorted({row["hardware"] for row in rows if is_drawn(row, arguments)})
+    if len(machines) > 1:
+        raise UserError(
+            f"{arguments.results_file} has rows of several machines ({'; '.join(machines)}), which do not compare; "
+            "give --results_file with those of one"
+        )
+    layers = f"{arguments.num_hidden_layers} layers"
+    title = f"{arguments.mode}, {arguments.dtype}, {layers}, k = {arguments.projected_length}, {machines[0]}"
     draw(curves, title, Path(arguments.output_file))
     print(arguments.output_file)
 

@@ -201,7 +201,7 @@ def test_the_figure(tmp_path, capsys):
     rows = [cell("linear", n, 1e-3 * max(n, 4096), memory=0.1 * max(n, 4096)) for n in lengths]
     rows += [cell("roberta_sdpa", n, 1e-6 * n * max(n, 4096), memory=0.1 * max(n, 4096)) for n in lengths]
     rows += [cell("roberta_eager", 8192, None), cell("linear", 8192, 5.0, k=256), cell("mean_pool", 512, 1.0)]
-    rows += [cell("roberta_sdpa", 512, 1.0, mode="training")]
+    rows += [cell("roberta_sdpa", 512, 1.0, mode="training"), cell("linear", 8192, 9.0, num_hidden_layers=12)]
     written(rows, tmp_path / "efficiency.csv")
     figure = tmp_path / "figures" / "efficiency.png"
     argv = ["--results_file", str(tmp_path / "efficiency.csv"), "--output_file", str(figure)]
@@ -219,3 +219,6 @@ def test_the_figure(tmp_path, capsys):
     assert plot_efficiency.exponent(*curves["RoBERTa, SDPA"][::2]) == pytest.approx(1)
     with pytest.raises(UserError, match="has no measured rows of --mode forward, --dtype bfloat16"):
         plot_efficiency.main([*argv, "--dtype", "bfloat16"])
+    written([*rows, cell("linear", 512, 1.0, hardware="another CPU")], tmp_path / "efficiency.csv")
+    with pytest.raises(UserError, match="several machines .a CPU, 2 cores; another CPU."):
+        plot_efficiency.main(argv)
