@@ -43,6 +43,8 @@ class LinformerConfig(PreTrainedConfig):
     Args:
         vocab_size (`int`, defaults to 32768): Entries of the vocabulary; those of the tokenizer in `tokenizer/`.
         hidden_size (`int`, defaults to 768): Width D of the hidden states.
+        embedding_size (`int`, *optional*): Width of the embeddings where it is another, as in ELECTRA: a linear layer
+            then makes D of it. `hidden_size` if not given.
         num_hidden_layers (`int`, defaults to 12): Number of layers.
         num_attention_heads (`int`, defaults to 12): Number of heads H; the head size is d = D / H.
         intermediate_size (`int`, defaults to 3072): Width of the feed-forward layer.
@@ -59,6 +61,8 @@ class LinformerConfig(PreTrainedConfig):
         classifier_dropout (`float`, *optional*): Dropout of the task heads; `hidden_dropout_prob` if not given.
         classifier_pooling (`"cls"` or `"mean"`, defaults to `"cls"`): What a sequence is classified by: its first
             real token, or the mean of its real tokens.
+        classifier_activation (`str`, defaults to `"tanh"`): Activation of the dense layer that a sequence is
+            classified by. BERT and RoBERTa have tanh, DistilBERT relu, ELECTRA gelu.
         tie_word_embeddings (`bool`, defaults to `True`): Whether the masked-LM head reuses the word embeddings.
         projected_length (`int`, `list[int]` or `list[list[int]]`, defaults to 128): The paper's k, the number of slots
             that N tokens are projected to. A list gives one k a layer (section 4, non-uniform projected dimension), a
@@ -101,6 +105,7 @@ class LinformerConfig(PreTrainedConfig):
 
     vocab_size: int = 32768
     hidden_size: int = 768
+    embedding_size: int | None = None
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072
@@ -116,6 +121,7 @@ class LinformerConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
     classifier_dropout: float | int | None = None
     classifier_pooling: Literal["cls", "mean"] = "cls"
+    classifier_activation: str = "tanh"
     tie_word_embeddings: bool = True
     projected_length: int | list[int] | list[list[int]] = 128
     projection_type: Literal["linear", "random", "mean_pool", "max_pool", "convolution"] = "linear"
@@ -134,6 +140,11 @@ class LinformerConfig(PreTrainedConfig):
     def uses_pooling(self) -> bool:
         """Whether the slots are means or maxima of segments, and so have no parameters."""
         return self.projection_type in ("mean_pool", "max_pool")
+
+    @property
+    def embedding_width(self) -> int:
+        """Width of the embeddings, before they are as wide as the hidden states."""
+        return self.embedding_size or self.hidden_size
 
     @property
     def head_dropout_prob(self) -> float | int:
@@ -205,16 +216,17 @@ class LinformerConfig(PreTrainedConfig):
 
     def _validate_sizes(self):
         sizes = ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings")
-        for name in (*sizes, "num_hidden_layers", "type_vocab_size"):
-            if getattr(self, name) < 1:
+        for name in (*sizes, "num_hidden_layers", "type_vocab_size", "embedding_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1 and is {getattr(self, name)}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
                 f"({self.num_attention_heads})."
             )
-        if self.hidden_act not in ACT2CLS:
-            raise ValueError(f"`hidden_act` ({self.hidden_act!r}) must be one of {sorted(ACT2CLS)}.")
+        for name in ("hidden_act", "classifier_activation"):
+            if getattr(self, name) not in ACT2CLS:
+                raise ValueError(f"`{name}` ({getattr(self, name)!r}) must be one of {sorted(ACT2CLS)}.")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` ({getattr(self, name)}) must be a probability below 1.")

@@ -374,11 +374,13 @@ def eager_attention_forward(
 class LinformerEmbeddings(nn.Module):
     def __init__(self, config: LinformerConfig):
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        width = config.embedding_width
+        self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.widen = nn.Linear(width, config.hidden_size) if width != config.hidden_size else None
 
     def forward(
         self,
@@ -396,7 +398,8 @@ class LinformerEmbeddings(nn.Module):
         embeddings = mask_padding(inputs_embeds, mask)  # (B, N, D)
         embeddings = embeddings + self.position_embeddings(position_ids)
         embeddings = embeddings + self.token_type_embeddings(mask_padding(token_type_ids, mask))
-        return self.dropout(self.norm(embeddings))
+        embeddings = self.dropout(self.norm(embeddings))
+        return embeddings if self.widen is None else self.widen(embeddings)
 
 
 class LinformerProjection(nn.Module):
@@ -821,12 +824,13 @@ class LinformerPooler(nn.Module):
 
 
 class LinformerClassificationHead(nn.Module):
-    """Pooling, a dense layer with tanh, and the output layer; with `cls`, BERT's pooler and classifier."""
+    """Pooling, a dense layer with its activation, and the output layer; with `cls` and `tanh`, BERT's."""
 
     def __init__(self, config: LinformerConfig, num_labels: int | None):
         super().__init__()
         self.pooling = config.classifier_pooling
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.classifier_activation]
         self.dropout = nn.Dropout(config.head_dropout_prob)
         self.output = nn.Linear(config.hidden_size, num_labels)  # type: ignore[arg-type]
 
@@ -835,17 +839,19 @@ class LinformerClassificationHead(nn.Module):
         B, N, _ = hidden_states.shape
         mask = token_mask(attention_mask, (B, N))
         pool = first_token if self.pooling == "cls" else mean_of_tokens
-        pooled = torch.tanh(self.dense(self.dropout(pool(hidden_states, mask))))
+        pooled = self.activation(self.dense(self.dropout(pool(hidden_states, mask))))
         return self.output(self.dropout(pooled))
 
 
 class LinformerLMHead(nn.Module):
     def __init__(self, config: LinformerConfig):
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        # As wide as the embeddings that the decoder's weights are tied to.
+        width = config.embedding_width
+        self.dense = nn.Linear(config.hidden_size, width)
         self.activation = ACT2FN[config.hidden_act]
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(width, config.vocab_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.decoder(self.norm(self.activation(self.dense(hidden_states))))
