@@ -117,12 +117,16 @@ def caption(row: Row) -> str:
 def latest(rows: Sequence[Row]) -> dict[CellKey, Row]:
     """The row of every cell that counts, by length, as the models come, and by k.
 
-    It is that of the run with the most models, which has all to compare with; of equal runs, the latest.
+    It is that of the run with the most twins, then models, which has all to compare with; of equal runs, the latest.
     """
     entries: dict[tuple[str, str], set[str]] = {}
     for row in rows:
         entries.setdefault((row["run_id"], row["sequence_length"]), set()).add(entry_of(row))
-    fullest_last = sorted(rows, key=lambda row: len(entries[row["run_id"], row["sequence_length"]]))
+    def fullness(row: Row) -> tuple[int, int]:
+        measured = entries[row["run_id"], row["sequence_length"]]
+        return sum(entry.startswith("roberta") for entry in measured), len(measured)
+
+    fullest_last = sorted(rows, key=fullness)
     cells = {(int(row["sequence_length"]), entry_of(row), slots_of(row)): row for row in fullest_last}
     order = list(dict.fromkeys(map(entry_of, rows)))
     return dict(sorted(cells.items(), key=lambda cell: (cell[0][0], order.index(cell[0][1]), cell[0][2])))
