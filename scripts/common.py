@@ -22,7 +22,7 @@ import torch
 import transformers
 import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 from filelock import FileLock
 from transformers import HfArgumentParser
 
@@ -169,6 +169,21 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "The same for validation and test."})
 
 
+@dataclass
+class TextArguments:
+    """Where plain texts come from."""
+
+    train_file: list[str] | None = field(
+        default=None, metadata={"help": "The texts: csv, tsv, json, jsonl, parquet or txt, also with .gz."}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Instead of files: a data set on the Hub, or a folder that `datasets` loads."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of that data set."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+
+
 def load_data_files(data_files: Mapping[str, str | Sequence[str]]) -> DatasetDict:
     """Load the files of each split, e.g. `{"train": "a.csv", "validation": ["b.jsonl.gz", "c.jsonl"]}`.
 
@@ -199,6 +214,31 @@ def load_data_files(data_files: Mapping[str, str | Sequence[str]]) -> DatasetDic
                 raise UserError(f"the {split} file {', '.join(paths)} holds no rows") from error
             raise UserError(f"cannot read the {split} file {', '.join(paths)}: {reason}") from error
     return splits
+
+
+def checked(dataset: Dataset, text_column: str, name: str) -> Dataset:
+    """The column of the text alone, or a `UserError` that says what `name` holds in its place."""
+    if text_column not in dataset.column_names:
+        raise UserError(f"{name} has no column {text_column!r}; --text_column can be one of {dataset.column_names}")
+    if dataset.features[text_column] not in TEXT_TYPES:
+        raise UserError(f"column {text_column!r} of {name} holds {dataset.features[text_column]}, not text")
+    return dataset.select_columns([text_column])
+
+
+def load_texts(arguments: TextArguments) -> Dataset:
+    """The column of the texts alone. Raises `UserError` where there is none."""
+    if (arguments.train_file is None) == (arguments.dataset_name is None):
+        found = "neither" if arguments.train_file is None else "both"
+        raise UserError(f"give either --train_file or --dataset_name, got {found}")
+    if arguments.train_file is not None:
+        dataset = load_data_files({"train": arguments.train_file})["train"]
+        return checked(dataset, arguments.text_column, ", ".join(arguments.train_file))
+    name = f"split {arguments.dataset_split} of --dataset_name {arguments.dataset_name}"
+    try:
+        dataset = load_dataset(arguments.dataset_name, arguments.dataset_config_name, split=arguments.dataset_split)
+    except (DatasetsError, OSError, ValueError) as error:
+        raise UserError(f"cannot load {name}: {one_line(error.__cause__ or error)}") from error
+    return checked(dataset, arguments.text_column, name)
 
 
 def _load_splits(arguments: DataArguments) -> DatasetDict:

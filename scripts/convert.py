@@ -39,6 +39,7 @@ from common import (
     ROOT,
     UserError,
     append_results,
+    checked,
     format_table,
     load_data_files,
     one_line,
@@ -47,9 +48,8 @@ from common import (
     write_json,
 )
 from conversion import HEADS, convert_config, convert_model, exact_length, find_family, find_head, longest_row
-from fidelity import draw_rows, length_buckets, measure_fidelity, plot_fidelity, printable
+from fidelity import describe, draw_rows, length_buckets, measure_fidelity, plot_fidelity, printable, result_rows
 from hf_linformer import LinformerConfig
-from train_tokenizer import checked
 
 
 @dataclass
@@ -133,7 +133,7 @@ def load_source(
     head = find_head(config, find_family(config), arguments.head)
     try:
         model, report = getattr(transformers, HEADS[head].auto_class).from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
@@ -141,12 +141,19 @@ def load_source(
             "safetensors: for a checkpoint of pickles the Hub's converter makes them"
         ) from error
     if report["mismatched_keys"]:
-        raise UserError(f"weights of {name} do not fit its configuration: {sorted(report['mismatched_keys'])[0]}")
+        weight, found, expected = sorted(report["mismatched_keys"])[0]
+        raise UserError(
+            f"weights of {name} do not fit its configuration: {weight} has the shape {tuple(found)}, not "
+            f"{tuple(expected)}"
+        )
     tokenizer_name = arguments.tokenizer_name or name
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load the tokenizer {tokenizer_name}: {one_line(error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        # What Transformers makes of a folder without the files of one.
+        raise UserError(f"the tokenizer {tokenizer_name} has no vocabulary; name the right one with --tokenizer_name")
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"the tokenizer {tokenizer_name} has {len(tokenizer)} entries, the model {name} only {config.vocab_size}: "
@@ -164,7 +171,7 @@ def load_source(
 def choose_config(arguments: ConversionArguments, source: PreTrainedConfig, head: str) -> LinformerConfig:
     """The configuration of the Linformer. Raises `UserError` where its numbers do not fit together."""
     source_n = longest_row(source)
-    n = arguments.max_position_embeddings or source_n
+    n = source_n if arguments.max_position_embeddings is None else arguments.max_position_embeddings
     if n < source_n:
         raise UserError(
             f"--max_position_embeddings {n} is less than the {source_n} tokens that the source reads; leave it out, "
@@ -190,7 +197,10 @@ def choose_config(arguments: ConversionArguments, source: PreTrainedConfig, head
 
 @torch.no_grad()
 def largest_difference(source: PreTrainedModel, model: PreTrainedModel) -> float:
-    """Between the outputs of both for random tokens, in rows as long as the conversion is exact, and shorter ones."""
+    """Between the outputs of both for random tokens, in rows as long as the conversion is exact, and shorter ones.
+
+    Of outputs beyond 1 it is the share: they are rounded the more, the larger they are.
+    """
     assert isinstance(model.config, LinformerConfig)
     length = min(exact_length(model.config), longest_row(source.config))
     if length < 1:
@@ -203,7 +213,9 @@ def largest_difference(source: PreTrainedModel, model: PreTrainedModel) -> float
         input_ids[input_ids == pad] = (pad + 1) % model.config.vocab_size
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         expected, output = source(**inputs), model(**inputs)
-        differences += [float((output[name] - expected[name]).abs().max()) for name in output]
+        for name in output:
+            largest = expected[name].abs().max().clamp(min=1)
+            differences.append(float((output[name] - expected[name]).abs().max() / largest))
     return max(differences)
 
 
@@ -228,11 +240,17 @@ def copy_sentence_transformers(name: str, folder: Path, n: int) -> bool:
     if (modules := source_file("modules.json")) is None:
         return False
     shutil.copyfile(modules, folder / "modules.json")
+    files = ["config_sentence_transformers.json"]
     for module in json.loads(Path(modules).read_text(encoding="utf-8")):
         if module["path"]:
+            if Path(module["path"]).name != module["path"]:
+                raise UserError(f"modules.json of {name} names {module['path']!r}, which is no folder beside it")
             (folder / module["path"]).mkdir()
-            if config := source_file(f"{module['path']}/config.json"):
-                shutil.copyfile(config, folder / module["path"] / "config.json")
+            # A dense layer has weights too.
+            files += [f"{module['path']}/{name}" for name in ("config.json", "model.safetensors")]
+    for name_of_file in files:
+        if file := source_file(name_of_file):
+            shutil.copyfile(file, folder / name_of_file)
     settings = source_file("sentence_bert_config.json")
     kept = json.loads(Path(settings).read_text(encoding="utf-8")) if settings else {}
     write_json(folder / "sentence_bert_config.json", kept | {"max_seq_length": n})
@@ -258,8 +276,9 @@ def save(
     tokenizer.save_pretrained(aside)
     is_sentence_transformer = copy_sentence_transformers(arguments.model_name_or_path, aside, n)
     folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.safetensors*"):
-        old.unlink()
+    for pattern in ("*.safetensors*", "modules.json", "*sentence*.json", "fidelity.png"):
+        for old in folder.glob(pattern):
+            old.unlink()
     shutil.copytree(aside, folder, dirs_exist_ok=True)
     shutil.rmtree(aside)
     return is_sentence_transformer
@@ -272,12 +291,6 @@ def draw_texts(arguments: ComparisonArguments) -> list[str]:
     return [text for text in dataset.shuffle(seed=arguments.seed)[arguments.text_column] if text]
 
 
-def describe(config: LinformerConfig) -> dict[str, Any]:
-    """What rows of results say of a converted model."""
-    names = ("projection_type", "projected_length", "local_window", "max_position_embeddings")
-    return {name: getattr(config, name) for name in names}
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     arguments, comparison = parse_arguments((ConversionArguments, ComparisonArguments), argv, description=__doc__)
     output_dir = Path(arguments.output_dir)
@@ -287,6 +300,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     source, tokenizer, source_config, head, missing, unexpected = load_source(arguments)
     config = choose_config(arguments, source_config, head)
+    source_n = longest_row(source_config)
+    for length in comparison.lengths or []:
+        if not 2 <= length <= config.max_position_embeddings:
+            raise UserError(
+                f"--lengths {length} must lie between 2, for the special tokens, and the "
+                f"{config.max_position_embeddings} tokens that the Linformer reads"
+            )
     model, left_out, new = convert_model(source, head, config, arguments.position_extension, missing)
     difference = largest_difference(source, model)
     exact = exact_length(config)
@@ -296,7 +316,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             "fewer, where it should be exact. Nothing was written; please report it, with the source's config.json"
         )
 
-    source_n = longest_row(source_config)
     results = []
     if texts:
         lengths = sorted(comparison.lengths or length_buckets(source_n, config.max_position_embeddings))
@@ -313,9 +332,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if comparison.results_file:
         described = {"experiment": "convert", "source": arguments.model_name_or_path, "data": name} | describe(config)
         described |= {"position_extension": arguments.position_extension}
-        for result in results:
-            result["layer_errors"] = " ".join(f"{error:.4g}" for error in result["layer_errors"])
-        append_results(comparison.results_file, [described | result for result in results], comparison.seed, argv)
+        append_results(comparison.results_file, result_rows(results, described), comparison.seed, argv)
 
     for kind, names in (("left out of the source", [*left_out, *unexpected]), ("new, untrained", new)):
         if names:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_linformer import LinformerModel
+from hf_linformer import LinformerConfig, LinformerModel
 from hf_linformer.modeling_linformer import LinformerLayer, layout_tokens
 from teacher import encoder_of, states_of, states_of_windows
 
@@ -102,6 +102,21 @@ def measure_fidelity(
                 }
             )
     return results
+
+
+def describe(config: LinformerConfig) -> dict[str, Any]:
+    """What rows of results say of a converted model."""
+    names = ("projection_type", "projected_length", "local_window", "max_position_embeddings")
+    return {name: getattr(config, name) for name in names}
+
+
+def result_rows(results: Iterable[dict[str, Any]], described: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows for a CSV, with what is the same for all; the errors of the layers stand in one column."""
+    rows = []
+    for result in results:
+        errors = " ".join(f"{error:.4g}" for error in result["layer_errors"])
+        rows.append(described | result | {"layer_errors": errors})
+    return rows
 
 
 def printable(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

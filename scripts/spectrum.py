@@ -29,8 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetsError
+from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -53,8 +52,16 @@ from approximations import (
     norm_error,
     relative_error,
 )
-from common import UserError, append_results, format_table, load_data_files, one_line, parse_arguments, run_main
-from train_tokenizer import checked
+from common import (
+    TextArguments,
+    UserError,
+    append_results,
+    format_table,
+    load_texts,
+    one_line,
+    parse_arguments,
+    run_main,
+)
 
 
 MEASURES = ("spectrum", "error")
@@ -67,7 +74,7 @@ CHARACTERS_PER_TOKEN = 16
 
 @dataclass
 class Arguments:
-    """Which model is measured, on which texts, and how."""
+    """Which model is measured, and how."""
 
     model_name_or_path: str = field(
         metadata={"help": "An encoder with n x n attentions; for `error` also BERT-like, with query, key and value."}
@@ -76,15 +83,6 @@ class Arguments:
     random_weights: bool = field(
         default=False, metadata={"help": "Measure an untrained model of the same configuration, drawn by the seed."}
     )
-    train_file: list[str] | None = field(
-        default=None, metadata={"help": "The texts: csv, tsv, json, jsonl, parquet or txt, also with .gz."}
-    )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Instead of files: a data set on the Hub, or a folder that `datasets` loads."}
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of that data set."})
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     data_name: str | None = field(
         default=None, metadata={"help": "What the results call the texts. Default: the files or the data set."}
     )
@@ -129,21 +127,6 @@ def load_model(arguments: Arguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
     if longest is not None and arguments.max_length > longest:
         raise UserError(f"--max_length is {arguments.max_length}, but {name} reads {longest} tokens at most")
     return model.eval(), tokenizer
-
-
-def load_texts(arguments: Arguments) -> Dataset:
-    if (arguments.train_file is None) == (arguments.dataset_name is None):
-        found = "neither" if arguments.train_file is None else "both"
-        raise UserError(f"give either --train_file or --dataset_name, got {found}")
-    if arguments.train_file is not None:
-        dataset = load_data_files({"train": arguments.train_file})["train"]
-        return checked(dataset, arguments.text_column, ", ".join(arguments.train_file))
-    name = f"split {arguments.dataset_split} of --dataset_name {arguments.dataset_name}"
-    try:
-        dataset = load_dataset(arguments.dataset_name, arguments.dataset_config_name, split=arguments.dataset_split)
-    except (DatasetsError, OSError, ValueError) as error:
-        raise UserError(f"cannot load {name}: {one_line(error.__cause__ or error)}") from error
-    return checked(dataset, arguments.text_column, name)
 
 
 def draw_pieces(
@@ -371,13 +354,13 @@ def check_arguments(arguments: Arguments) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    (arguments,) = parse_arguments((Arguments,), argv, description=__doc__)
+    arguments, texts = parse_arguments((Arguments, TextArguments), argv, description=__doc__)
     check_arguments(arguments)
     model, tokenizer = load_model(arguments)
-    dataset = load_texts(arguments)
+    dataset = load_texts(texts)
     num_windows, n = arguments.num_windows, arguments.max_length
     needed = num_windows + (arguments.num_train_windows if "error" in arguments.measures else 0)
-    pieces = draw_pieces(dataset, arguments.text_column, tokenizer, n, needed, arguments.seed)
+    pieces = draw_pieces(dataset, texts.text_column, tokenizer, n, needed, arguments.seed)
     rows: list[dict[str, Any]] = []
     if "spectrum" in arguments.measures:
         rows += measure_spectrum(model, tokenizer, pieces[:num_windows], n)
@@ -387,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     described = {
         "model": Path(arguments.model_name_or_path).name,
         "weights": "random" if arguments.random_weights else "trained",
-        "data": arguments.data_name or arguments.dataset_name or " ".join(arguments.train_file or []),
+        "data": arguments.data_name or texts.dataset_name or " ".join(texts.train_file or []),
         "texts": num_windows,
     }
     # All rows have the same columns, in the same order.

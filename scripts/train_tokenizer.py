@@ -32,7 +32,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import RobertaTokenizer
 
-from common import FILE_TYPES, TEXT_TYPES, UserError, load_data_files, one_line, parse_arguments, run_main
+from common import FILE_TYPES, UserError, checked, load_data_files, one_line, parse_arguments, run_main
 
 
 # Their order is their ids, which are RoBERTa's. <mask> takes the space before it, so that what is predicted in its
@@ -228,15 +228,6 @@ def load_named_dataset(arguments: Arguments) -> Dataset:
     except (DatasetsError, OSError, ValueError) as error:
         name = f"split {arguments.dataset_split} of --dataset_name {arguments.dataset_name}"
         raise UserError(f"cannot load {name}: {one_line(error.__cause__ or error)}") from error
-
-
-def checked(dataset: Dataset, text_column: str, name: str) -> Dataset:
-    """The column of the text alone, or a `UserError` that says what `name` holds in its place."""
-    if text_column not in dataset.column_names:
-        raise UserError(f"{name} has no column {text_column!r}; --text_column can be one of {dataset.column_names}")
-    if dataset.features[text_column] not in TEXT_TYPES:
-        raise UserError(f"column {text_column!r} of {name} holds {dataset.features[text_column]}, not text")
-    return dataset.select_columns([text_column])
 
 
 def train(corpus: Corpus, arguments: Arguments) -> RobertaTokenizer:

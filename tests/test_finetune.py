@@ -29,6 +29,7 @@ import baseline
 import checkpointing
 import common
 import finetune
+import training
 from common import DataArguments, UserError, load_examples
 
 
@@ -373,7 +374,9 @@ def test_a_step_is_the_same_however_it_is_divided(folder, model_type, rows):
         model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
         starts = range(0, rows, size)
         micro_batches = [{name: value[start : start + size] for name, value in batch.items()} for start in starts]
-        loss = finetune.optimizer_step(accelerator, model, optimizer, micro_batches, max_grad_norm=0.0)
+        loss = training.optimizer_step(
+            accelerator, model, optimizer, lambda model, batch: model(**batch).loss, micro_batches, max_grad_norm=0.0
+        )
         stepped[size] = torch.cat([parameter.detach().flatten() for parameter in model.parameters()]), loss
     start = torch.manual_seed(0) and AutoModelForSequenceClassification.from_config(config)
     moved = stepped[8][0] - torch.cat([parameter.detach().flatten() for parameter in start.parameters()])

@@ -3,7 +3,19 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from hf_linformer import LinformerConfig, LinformerForSequenceClassification
 
@@ -11,6 +23,15 @@ from hf_linformer import LinformerConfig, LinformerForSequenceClassification
 TYPES = ("linear", "random", "mean_pool", "max_pool", "convolution")
 LEARNED = ("linear", "random", "convolution")
 SHARINGS = ("none", "headwise", "key_value", "layerwise")
+# The classes that a model to convert is of, and that it is afterwards.
+AUTO_CLASSES = {
+    "base": AutoModel,
+    "masked_lm": AutoModelForMaskedLM,
+    "sequence_classification": AutoModelForSequenceClassification,
+    "token_classification": AutoModelForTokenClassification,
+    "question_answering": AutoModelForQuestionAnswering,
+}
+WORDS = "the of and to in a that for be our we is this by it have with as on which not will are from people".split()
 
 
 def tiny_config(**changes) -> LinformerConfig:
@@ -35,11 +56,15 @@ def build(model_class, seed: int = 0, attention: str = "sdpa", dtype: torch.dtyp
     """A seeded model in eval mode. Biases and norms are random too, for the same reason as above."""
     torch.manual_seed(seed)
     model = model_class._from_config(tiny_config(**changes), attn_implementation=attention, dtype=dtype)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:
-                parameter.add_(0.3 * torch.randn_like(parameter))
+    move_biases_and_norms(model)
     return model.eval()
+
+
+@torch.no_grad()
+def move_biases_and_norms(model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name.lower():
+            parameter.add_(0.3 * torch.randn_like(parameter))
 
 
 def variants(windows=(0, 3)) -> list[dict]:
@@ -115,3 +140,45 @@ def save_classifier(folder: Path, labels: list[str], **changes) -> Path:
     tokenizer.model_max_length = 24
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def tiny_tokenizer(pad_token_id: int) -> PreTrainedTokenizerFast:
+    """Of some WORDS, with BERT's special tokens (pads are 0) or RoBERTa's (pads are 1)."""
+    if pad_token_id == 0:
+        special = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+    else:
+        special = {"cls": "<s>", "pad": "<pad>", "sep": "</s>", "unk": "<unk>", "mask": "<mask>"}
+    vocabulary = {token: index for index, token in enumerate([*special.values(), *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special["unk"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    first, last = special["cls"], special["sep"]
+    tokenizer.post_processor = processors.BertProcessing((last, vocabulary[last]), (first, vocabulary[first]))
+    names = {f"{name}_token": token for name, token in special.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=24, **names)
+
+
+def source_config(model_type: str, **changes) -> PreTrainedConfig:
+    """Of a model to convert that reads up to 24 tokens, with the sizes of `tiny_config`."""
+    sizes = {"vocab_size": 53, "hidden_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"max_position_embeddings": 24, "pad_token_id": 0, "initializer_range": 0.5}
+    if model_type == "distilbert":
+        sizes |= {"hidden_dim": 27, "dropout": 0.03, "attention_dropout": 0.07, "seq_classif_dropout": 0.11}
+    else:
+        sizes |= {"intermediate_size": 27, "hidden_dropout_prob": 0.03, "attention_probs_dropout_prob": 0.07}
+        sizes |= {"classifier_dropout": 0.11, "layer_norm_eps": 1e-3}
+    if model_type in ("roberta", "xlm-roberta", "camembert"):
+        # Their first two rows of positions belong to no token.
+        sizes |= {"max_position_embeddings": 26, "pad_token_id": 1}
+    return AutoConfig.for_model(model_type, **{**sizes, **changes})
+
+
+def save_source(folder: Path, model_type: str, head="base", dtype=torch.float32, **changes) -> PreTrainedModel:
+    """A seeded model to convert, saved with a tokenizer. head: one of AUTO_CLASSES, or a class"""
+    torch.manual_seed(0)
+    config = source_config(model_type, **changes)
+    model = AUTO_CLASSES[head].from_config(config) if isinstance(head, str) else head(config)
+    move_biases_and_norms(model)
+    model = model.eval().to(dtype)
+    model.save_pretrained(folder)
+    tiny_tokenizer(config.pad_token_id).save_pretrained(folder)
+    return model

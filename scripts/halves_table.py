@@ -1,0 +1,23 @@
+"""The table of results/halves.csv, for scripts/make_tables.py: halves of long documents that find each other."""
+
+
+def halves_table(rows: list[dict[str, str]]) -> list[str]:
+    """A line for each run: what was read, how often the other half was found, and what a document took."""
+    header = ["documents", "model", "reads", "tokens of a half", "of them read", "recall@1", "MRR", "ms a document"]
+    lines = [header, ["---"] * len(header)]
+    for row in rows:
+        length = f"{int(row['max_length']):,}"
+        tokens, tokens_read = float(row["tokens"]), float(row["tokens_read"])
+        lines.append(
+            [
+                f"{row['documents']} {row['data']}",
+                row["run_name"],
+                f"windows of {length}" if row["method"] == "windows" else f"the first {length}",
+                f"{tokens:,.0f}",
+                f"{tokens_read / tokens:.0%}",
+                f"{float(row['recall_at_1']):.3f}",
+                f"{float(row['mrr']):.3f}",
+                f"{1000 * float(row['seconds_per_document']):,.0f}",
+            ]
+        )
+    return [f"| {' | '.join(cells)} |" for cells in lines]
