@@ -85,6 +85,9 @@ class LinformerConfig(PreTrainedConfig):
         local_window (`int`, defaults to 0): w. A query also attends exactly to the tokens of its own block of w and
             of both neighbouring blocks, and to the first real token, in the same softmax as the k slots. 0 is the
             paper's Linformer. Adds no parameters: a checkpoint loads with any w.
+        slot_projections (`bool`, defaults to `False`): Means of several tokens get keys and values by linear layers
+            of their own, `slot_key` and `slot_value`. A text of up to k tokens has no such means, so that these can
+            be trained on long texts while short ones stay as they are. For `mean_pool` with one k a layer.
         sparse_prediction (`bool`, defaults to `False`): Masked-LM logits only where labels are set.
         inference_chunk_size (`int`, *optional*): So many tokens go through a layer at a time where no gradient is
             needed, which bounds the memory and is faster on CPUs; the results are the same. 512 on CPUs and 16,384
@@ -129,6 +132,7 @@ class LinformerConfig(PreTrainedConfig):
     projection_init: Literal["normal", "segment_mean"] = "normal"
     exact_short_sequences: bool = False
     local_window: int = 0
+    slot_projections: bool = False
     sparse_prediction: bool = False
     inference_chunk_size: int | None = None
 
@@ -178,6 +182,15 @@ class LinformerConfig(PreTrainedConfig):
             raise ValueError(
                 f"`exact_short_sequences=True` has nothing to add to `projection_type={self.projection_type!r}`, "
                 "which is exact for rows of up to k tokens by itself. Leave it out."
+            )
+        if self.slot_projections and (
+            self.projection_type != "mean_pool"
+            or any(len(self.slots_per_head(layer_idx)) > 1 for layer_idx in range(self.num_hidden_layers))
+        ):
+            raise ValueError(
+                f"`slot_projections=True` needs `projection_type='mean_pool'` (not {self.projection_type!r}) and the "
+                f"same k for all heads of a layer (not {self.projected_length}): it tells means of several tokens "
+                "from single ones."
             )
         if self.projection_type == "convolution" and self.projection_sharing == "layerwise" and len(set(slots)) > 1:
             raise ValueError(

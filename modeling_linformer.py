@@ -469,6 +469,8 @@ class LinformerSelfAttention(nn.Module):
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
+        self.slot_key = nn.Linear(config.hidden_size, config.hidden_size) if config.slot_projections else None
+        self.slot_value = nn.Linear(config.hidden_size, config.hidden_size) if config.slot_projections else None
         has_own_projection = not config.uses_pooling and config.projection_sharing != "layerwise"
         self.projection = LinformerProjection(config, self.slots_per_head) if has_own_projection else None
 
@@ -654,7 +656,12 @@ class LinformerSelfAttention(nn.Module):
         else:
             EX = project_sequence(states, E[:, 0])
             FX = EX if F is E else project_sequence(states, F[:, 0])
-        return self.split_heads(self.key(EX)), self.split_heads(self.value(FX))
+        key, value = self.key(EX), self.value(FX)
+        if self.slot_key is not None and self.slot_value is not None:
+            assert slots.start is not None and slots.end is not None
+            of_several = (slots.end - slots.start > 1)[:, 0, :, None]  # (1 | B, k, 1)
+            key, value = self.slot_key(EX).where(of_several, key), self.slot_value(FX).where(of_several, value)
+        return self.split_heads(key), self.split_heads(value)
 
     def pool_views(self, states: Tensor, layout: TokenLayout, pool: Callable[[Tensor], Tensor]) -> Tensor:
         """Segments pooled where they are: (B, N, C) -> (B, k, C)"""

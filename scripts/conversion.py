@@ -286,12 +286,19 @@ def exact_length(config: LinformerConfig) -> int:
 
 
 def convert_model(
-    source: PreTrainedModel, head: str, config: LinformerConfig, position_extension: str, missing: Sequence[str] = ()
+    source: PreTrainedModel,
+    head: str,
+    config: LinformerConfig,
+    position_extension: str = "copy",
+    missing: Sequence[str] = (),
+    trained_length: int | None = None,
 ) -> tuple[LinformerPreTrainedModel, list[str], list[str]]:
     """The Linformer, the weights of the source that have no place in it, and those of its own that are new.
 
-    missing: weights of the source that its checkpoint lacks, and that it drew at random. Raises `UserError` where the
-    Linformer needs one of them, or one has another shape.
+    missing: weights of the source that its checkpoint lacks, and that it drew at random
+    trained_length: so many of its positions are taken as known, and the others made of them; None for all
+
+    Raises `UserError` where the Linformer needs a weight that is missing.
     """
     family = find_family(source.config)
     weights = {name: weight for name, weight in source.state_dict().items() if name not in missing}
@@ -304,10 +311,13 @@ def convert_model(
         fitting[f"{encoder}embeddings.token_type_embeddings.weight"] = types
     positions = f"{encoder}embeddings.position_embeddings.weight"
     if positions in fitting:
-        table = fitting[positions][-longest_row(source.config) :]
-        fitting[positions] = extend_positions(
-            table, config.max_position_embeddings, exact_length(config), position_extension
-        )
+        table = fitting[positions][-longest_row(source.config) :][:trained_length]
+        keep = min(exact_length(config), len(table))
+        fitting[positions] = extend_positions(table, config.max_position_embeddings, keep, position_extension)
+    if config.slot_projections:
+        # They begin as what they stand in for.
+        for name in [name for name in fitting if ".attention.key." in name or ".attention.value." in name]:
+            fitting[name.replace(".attention.", ".attention.slot_")] = fitting[name].clone()
 
     options = {"add_pooling_layer": "pooler.dense.weight" in fitting} if head == "base" else {}
     model = HEADS[head].model_class._from_config(config, dtype=source.dtype, **options).eval()

@@ -85,6 +85,20 @@ class ConversionArguments:
             "choices": ["copy", "interpolate"],
         },
     )
+    trained_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "The source was trained on so many tokens (all-MiniLM-L6-v2 on 256, of the 512 it can read): "
+            "positions beyond are made of those before, as with --position_extension. Default: all that it reads."
+        },
+    )
+    slot_projections: bool = field(
+        default=False,
+        metadata={
+            "help": "Give means of several tokens linear layers of their own, for scripts/distill.py to train while "
+            "short texts stay exact. They begin as the source's, so that without training nothing changes."
+        },
+    )
     dtype: str = field(
         default="auto",
         metadata={
@@ -182,6 +196,7 @@ def choose_config(arguments: ConversionArguments, source: PreTrainedConfig, head
         "projected_length": arguments.projected_length,
         "projection_sharing": arguments.projection_sharing,
         "local_window": arguments.local_window,
+        "slot_projections": arguments.slot_projections,
         "max_position_embeddings": n,
     }
     if arguments.projection_type not in ("mean_pool", "max_pool"):
@@ -196,13 +211,11 @@ def choose_config(arguments: ConversionArguments, source: PreTrainedConfig, head
 
 
 @torch.no_grad()
-def largest_difference(source: PreTrainedModel, model: PreTrainedModel) -> float:
-    """Between the outputs of both for random tokens, in rows as long as the conversion is exact, and shorter ones.
+def largest_difference(source: PreTrainedModel, model: PreTrainedModel, length: int) -> float:
+    """Between the outputs of both for random tokens, in rows of `length`, up to which it is exact, and shorter ones.
 
     Of outputs beyond 1 it is the share: they are rounded the more, the larger they are.
     """
-    assert isinstance(model.config, LinformerConfig)
-    length = min(exact_length(model.config), longest_row(source.config))
     if length < 1:
         return 0.0
     differences = [0.0]
@@ -307,9 +320,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"--lengths {length} must lie between 2, for the special tokens, and the "
                 f"{config.max_position_embeddings} tokens that the Linformer reads"
             )
-    model, left_out, new = convert_model(source, head, config, arguments.position_extension, missing)
-    difference = largest_difference(source, model)
-    exact = exact_length(config)
+    if arguments.trained_length is not None and not 2 <= arguments.trained_length <= source_n:
+        raise UserError(f"--trained_length {arguments.trained_length} must lie between 2 and the source's {source_n}")
+    trained_length = arguments.trained_length or source_n
+    model, left_out, new = convert_model(
+        source, head, config, arguments.position_extension, missing, arguments.trained_length
+    )
+    exact = min(exact_length(config), trained_length)
+    difference = largest_difference(source, model, exact)
     if difference > 1e-4:
         raise UserError(
             f"the conversion differs from {arguments.model_name_or_path} by {difference:.1e} on {exact} tokens or "
@@ -331,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         plot_fidelity(results, f"{arguments.model_name_or_path} on {name}", output_dir / "fidelity.png")
     if comparison.results_file:
         described = {"experiment": "convert", "source": arguments.model_name_or_path, "data": name} | describe(config)
-        described |= {"position_extension": arguments.position_extension}
+        described |= {"position_extension": arguments.position_extension, "trained_length": arguments.trained_length}
         append_results(comparison.results_file, result_rows(results, described), comparison.seed, argv)
 
     for kind, names in (("left out of the source", [*left_out, *unexpected]), ("new, untrained", new)):

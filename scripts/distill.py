@@ -9,10 +9,12 @@ Texts are cut into pieces of --max_length tokens. The loss is the squared relati
 over layers: 0.01 is an error of a tenth. With --logits_weight the outputs of a head are learnt too, and with
 --masked_lm_weight the words themselves. Pieces longer than the source can read are taught by windows of it.
 
---trainable long_only trains only what texts of up to max(k, 2 w) tokens never meet, so that the model stays exact on
-them: learned projections, and the positions behind. A run that was killed goes on with --resume_from_checkpoint last.
+--trainable long_only trains only what texts of up to k tokens never meet, so that the model stays exact on them:
+`slot_projections`, learned projections, the positions behind. A run that was killed goes on with
+--resume_from_checkpoint last.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -107,6 +109,9 @@ class LoopArguments(TrainingArguments):
     metric_for_best_model: str | None = field(
         default=None, metadata={"help": "What chooses the model. Default: token_cosine, the mean over lengths."}
     )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Compute activations again in the backward pass: less memory, slower."}
+    )
 
 
 class Pair(NamedTuple):
@@ -139,6 +144,8 @@ def load_pair(arguments: DistillationArguments) -> Pair:
             raise UserError(f"cannot load the model {name}: {one_line(error)}") from error
         if lost := [weight for weight in sorted(report["missing_keys"]) if "pooler" not in weight]:
             raise UserError(f"the model {name} is incomplete: {len(lost)} weights are missing, such as {lost[0]}")
+        if any("pooler" in weight for weight in report["missing_keys"]):
+            model.pooler = None
         models.append(model)
     student, teacher = models
     find_family(teacher.config)
@@ -168,30 +175,46 @@ def student_head(config: transformers.PreTrainedConfig, name: str) -> str:
     )
 
 
-def choose_trainable(student: PreTrainedModel, trainable: str, weight_decay: float) -> int:
+def choose_trainable(pair: Pair, trainable: str, weight_decay: float) -> int:
     """Freeze what is not to be trained; the number of weights that are. Raises `UserError` if there are none."""
-    config = student.config
-    assert isinstance(config, LinformerConfig)
+    config = pair.config
     if trainable == "all":
-        return sum(parameter.numel() for parameter in student.parameters())
+        return sum(parameter.numel() for parameter in pair.student.parameters())
     if weight_decay:
         raise UserError("--weight_decay would move what --trainable long_only is to leave alone; leave it out")
-    exact = exact_length(config)
-    count = 0
-    for name, parameter in student.named_parameters():
-        is_projection = name.endswith((".E", ".F")) and config.exact_short_sequences
-        is_table = name.endswith("position_embeddings.weight") and config.max_position_embeddings > exact
-        parameter.requires_grad_(is_projection or is_table)
-        if is_table:
+    nothing = UserError(
+        "--trainable long_only has nothing to train: it needs slot_projections or a learned projection, and a model "
+        "that reads more than is exact, or more than its source"
+    )
+    exact, n = exact_length(config), config.max_position_embeddings
+    if exact >= n:
+        raise nothing
+    count, first_new = 0, max(exact, pair.source_n)
+    for name, parameter in pair.student.named_parameters():
+        is_projection = ".slot_" in name or (name.endswith((".E", ".F")) and config.exact_short_sequences)
+        has_new_rows = name.endswith("position_embeddings.weight") and first_new < n
+        parameter.requires_grad_(is_projection or has_new_rows)
+        if has_new_rows:
             # A row whose gradient is zero stays as it is.
-            used_by_long_rows = (torch.arange(len(parameter)) >= exact).to(parameter.dtype)[:, None]
-            parameter.register_hook(lambda gradient, rows=used_by_long_rows: gradient * rows.to(gradient.device))
-            count += (len(parameter) - exact) * parameter.shape[1]
+            is_new = (torch.arange(n) >= first_new).to(parameter.dtype)[:, None]
+            parameter.register_hook(lambda gradient, is_new=is_new: gradient * is_new.to(gradient.device))
+            count += (n - first_new) * parameter.shape[1]
         elif is_projection:
             count += parameter.numel()
     if not count:
-        raise UserError("--trainable long_only has nothing to train: every text that this model can read is exact")
+        raise nothing
     return count
+
+
+def stop_dropout(model: PreTrainedModel) -> dict[str, Any]:
+    """There is one right answer, without noise. Returns what the configuration said."""
+    said = {name: getattr(model.config, name) for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
+    for name in said:
+        setattr(model.config, name, 0.0)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return said
 
 
 def cut_into_pieces(
@@ -252,7 +275,8 @@ def distillation_loss(
     weights = torch.ones_like(errors)
     weights[-1] = arguments.last_layer_weight
     loss = (errors * weights).sum() / weights.sum()
-    if arguments.masked_lm_weight:
+    # A small batch may have no masked token, and then no mean over them.
+    if arguments.masked_lm_weight and (batch["labels"] != -100).any():
         loss = loss + arguments.masked_lm_weight * output.loss
     if arguments.logits_weight and expected_logits is not None:
         real = None if output.logits.dim() < 3 else inputs["attention_mask"].bool()
@@ -282,7 +306,16 @@ def check_arguments(arguments: DistillationArguments, loop: TrainingArguments, p
         raise UserError(f"--masked_lm_weight needs a masked-LM head, and {arguments.model_name_or_path} has {head}")
     if arguments.logits_weight and head in ("base", "question_answering"):
         raise UserError(f"--logits_weight needs a head with logits, and {arguments.model_name_or_path} has {head}")
+    if arguments.masked_lm_weight and not 0 < arguments.mlm_probability < 1:
+        raise UserError(f"--mlm_probability must lie between 0 and 1, and is {arguments.mlm_probability}")
+    for name in ("max_train_samples", "max_eval_samples"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, and is {value}")
     n = pair.config.max_position_embeddings
+    for length in arguments.lengths or []:
+        if not 2 < length <= n:
+            raise UserError(f"--lengths {length} must lie between 3 and the {n} tokens that the model can read")
     max_length = loop.max_length or min(n, pair.source_n)
     if not 8 <= max_length <= n:
         raise UserError(f"--max_length {max_length} must lie between 8 and the {n} tokens that the model can read")
@@ -296,15 +329,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator, checkpoint = start_accelerator(loop)
     pair = load_pair(arguments)
     max_length = check_arguments(arguments, loop, pair)
-    trained_weights = choose_trainable(pair.student, arguments.trainable, loop.weight_decay)
+    trained_weights = choose_trainable(pair, arguments.trainable, loop.weight_decay)
+    dropout = stop_dropout(pair.student)
     if loop.gradient_checkpointing:
-        pair.student.gradient_checkpointing_enable()
+        pair.student.activation_checkpointing_enable()
     with accelerator.main_process_first():
         pieces = cut_into_pieces(
             load_texts(texts), texts.text_column, pair.tokenizer, max_length, loop.preprocessing_num_workers
         )
+    if arguments.trainable == "long_only":
+        pieces = pieces.filter(lambda length: length > exact_length(pair.config), input_columns="length")
     if not len(pieces):
-        raise UserError("there is no text to learn from")
+        longer = f" longer than {exact_length(pair.config)} tokens" if arguments.trainable == "long_only" else ""
+        raise UserError(f"there is no text{longer} to learn from")
     if arguments.max_train_samples is not None and arguments.max_train_samples < len(pieces):
         pieces = pieces.shuffle(seed=loop.seed).select(range(arguments.max_train_samples))
     held_out = checked(
@@ -315,25 +352,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     lengths = sorted(arguments.lengths or length_buckets(pair.source_n, max_length))
     compared = [text for text in held_out.shuffle(seed=loop.seed)[texts.text_column] if text]
     rows = draw_rows(compared, pair.tokenizer, lengths, arguments.max_eval_samples)
+    if not rows:
+        raise UserError(f"there is no text to compare on in {' '.join(arguments.validation_file)}")
 
     sampler, generator = grouped_by_length(pieces["length"], loop, accelerator.num_processes)
-    collate = (
-        DataCollatorForLanguageModeling(pair.tokenizer, mlm_probability=arguments.mlm_probability)
-        if arguments.masked_lm_weight
-        else DataCollatorWithPadding(pair.tokenizer)
-    )
+    collate = DataCollatorWithPadding(pair.tokenizer)
     loader = DataLoader(
         pieces.remove_columns("length"), loop.per_device_train_batch_size, sampler=sampler, collate_fn=collate
     )
+    masking = (
+        DataCollatorForLanguageModeling(pair.tokenizer, mlm_probability=arguments.mlm_probability)
+        if arguments.masked_lm_weight
+        else None
+    )
     pair.teacher.to(accelerator.device)
+    pair.student.to(accelerator.device)
+    # What accelerate prepares computes in the precision of training, and is compared in full.
+    measured = copy.deepcopy(pair.student)
 
     def compute_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        if masking is not None:
+            # Here rather than by the loader, which reads ahead: a resumed run then masks what it would have masked.
+            input_ids, labels = masking.torch_mask_tokens(batch["input_ids"].cpu())
+            batch = batch | {"input_ids": input_ids.to(accelerator.device), "labels": labels.to(accelerator.device)}
         with accelerator.autocast():
             return distillation_loss(pair, model, batch, arguments)
 
     def evaluate(model: nn.Module) -> dict[str, float]:
-        results = measure_fidelity(pair.teacher, accelerator.unwrap_model(model), rows, pair.source_n)
-        model.train()
+        measured.load_state_dict(accelerator.unwrap_model(model).state_dict())
+        results = measure_fidelity(pair.teacher, measured, rows, pair.source_n)
         values = {f"token_cosine_{result['length']}": result["token_cosine"] for result in results}
         return {"token_cosine": sum(values.values()) / len(values), **values}
 
@@ -349,7 +396,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if accelerator.is_main_process:
         output_dir = Path(loop.output_dir)
-        results = measure_fidelity(pair.teacher, pair.student, rows, pair.source_n)
+        measured.load_state_dict(pair.student.state_dict())
+        results = measure_fidelity(pair.teacher, measured, rows, pair.source_n)
+        for name, value in dropout.items():
+            setattr(pair.config, name, value)
         save_model(pair.student, pair.tokenizer, output_dir)
         write_json(output_dir / "training_args.json", all_arguments)
         finished = output_dir / "all_results.json"

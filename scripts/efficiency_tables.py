@@ -122,6 +122,7 @@ def latest(rows: Sequence[Row]) -> dict[CellKey, Row]:
     entries: dict[tuple[str, str], set[str]] = {}
     for row in rows:
         entries.setdefault((row["run_id"], row["sequence_length"]), set()).add(entry_of(row))
+
     def fullness(row: Row) -> tuple[int, int]:
         measured = entries[row["run_id"], row["sequence_length"]]
         return sum(entry.startswith("roberta") for entry in measured), len(measured)

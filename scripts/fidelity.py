@@ -106,7 +106,7 @@ def measure_fidelity(
 
 def describe(config: LinformerConfig) -> dict[str, Any]:
     """What rows of results say of a converted model."""
-    names = ("projection_type", "projected_length", "local_window", "max_position_embeddings")
+    names = ("projection_type", "projected_length", "local_window", "slot_projections", "max_position_embeddings")
     return {name: getattr(config, name) for name in names}
 
 

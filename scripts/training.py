@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, skip_first_batches
+from accelerate import Accelerator, DistributedDataParallelKwargs, skip_first_batches
 from safetensors.torch import load_model as load_weights
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -136,6 +136,8 @@ def start_accelerator(arguments: TrainingArguments) -> tuple[Accelerator, Path |
             log_with=arguments.report_to if arguments.with_tracking else None,
             project_dir=arguments.output_dir,
             step_scheduler_with_optimizer=False,
+            # A head that is not taught, and a projection that short rows do not meet, get no gradient.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"cannot use --mixed_precision or --report_to: {one_line(error)}") from error

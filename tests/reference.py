@@ -48,6 +48,12 @@ def attend(config, weights: dict[str, Tensor], layer: int, X: Tensor, positions:
         slots = describe_slots(config, weights, layer, head, len(X), positions)
         key_slots = [project(config, slot["key"], XWk) + bk for slot in slots]
         value_slots = [project(config, slot["value"], XWv) + bv for slot in slots]
+        if config.slot_projections:
+            for i, slot in enumerate(slots):
+                if len(slot["stands_for"]) > 1:
+                    mean = project(config, slot["key"], X)
+                    key_slots[i] = linear(weights, f"{prefix}.slot_key", mean)[columns]
+                    value_slots[i] = linear(weights, f"{prefix}.slot_value", mean)[columns]
         rows = []
         for rank in range(len(X)):
             exact = neighbourhood(config.local_window, rank, len(X))

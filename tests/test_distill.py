@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 import convert
 import distill
+from checkpointing import list_checkpoints
 from common import UserError
 from distill import DistillationArguments, Pair, distillation_loss, divergence, load_pair, relative_errors, teach
 from fidelity import draw_rows, measure_fidelity
@@ -91,8 +92,7 @@ class Folders:
         return self.folder / output
 
     def pair(self) -> Pair:
-        names = {"teacher_name_or_path": str(self.teacher), "model_name_or_path": str(self.student)}
-        pair = load_pair(DistillationArguments(**names))
+        pair = load_pair(DistillationArguments(str(self.teacher), str(self.student)))
         pair.student.eval()
         return pair
 
@@ -178,6 +178,12 @@ def test_the_saved_folder_is_whole(head, folders):
     assert json.loads((output_dir / "training_args.json").read_text())["learning_rate"] == 3e-3
 
 
+def test_a_pooler_that_the_source_lacks_is_not_made_up(folders):
+    output_dir = folders.convert(model_type="electra").distill("--max_train_steps", 1, "--lengths", 8)
+    assert not [name for name in load_file(folders.student / "model.safetensors") if "pooler" in name]
+    assert changed_weights(folders.student, output_dir)
+
+
 def test_rows_of_results(folders, tmp_path, capsys):
     table = tmp_path / "results/distill.csv"
     folders.convert("--max_position_embeddings", 48)
@@ -186,8 +192,9 @@ def test_rows_of_results(folders, tmp_path, capsys):
     with table.open() as file:
         rows = list(csv.DictReader(file))
     columns = "commit date hardware torch transformers seed command experiment source data projection_type "
-    columns += "projected_length local_window max_position_embeddings trainable trained_weights train_tokens "
-    columns += "learning_rate seconds length texts target keys_a_query token_cosine embedding_cosine layer_errors"
+    columns += "projected_length local_window slot_projections max_position_embeddings trainable "
+    columns += "trained_weights train_tokens learning_rate seconds length texts target keys_a_query token_cosine "
+    columns += "embedding_cosine layer_errors"
     assert list(rows[0]) == columns.split()
     assert [(row["length"], row["target"]) for row in rows] == [("8", "whole"), ("24", "whole"), ("48", "windows")]
     texts = [json.loads(line)["text"].split() for line in folders.files["train"].open()]
@@ -215,7 +222,7 @@ def test_pieces_hold_the_whole_text(folders):
     pieces = distill.cut_into_pieces(texts, "text", tokenizer, 10, None)
     assert [len(piece) for piece in pieces["input_ids"]] == list(pieces["length"])
     assert max(pieces["length"]) == 10
-    words = []
+    words: list[str] = []
     for piece in pieces["input_ids"]:
         assert (piece[0], piece[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
         words += tokenizer.convert_ids_to_tokens(piece[1:-1])
@@ -378,7 +385,7 @@ def test_masked_words(model_type, folders):
     assert not any(name.startswith("lm_head.dense") for name in changed_weights(folders.student, plain))
     output_dir = folders.distill("--masked_lm_weight", 1, "--num_train_epochs", 3, "--learning_rate", 1e-2)
     assert {"lm_head.dense.weight", "lm_head.dense.bias"} <= changed_weights(folders.student, output_dir)
-    assert of_words(AUTO_CLASSES["masked_lm"].from_pretrained(output_dir).eval()) < 0.8 * before
+    assert of_words(AUTO_CLASSES["masked_lm"].from_pretrained(output_dir).eval()) < 0.9 * before
 
 
 def test_a_batch_without_a_masked_word_has_a_loss(folders, tmp_path):
@@ -402,10 +409,18 @@ def short_outputs(folder: Path) -> list[Tensor]:
         return [model(**batch).last_hidden_state[batch["attention_mask"].bool()] for batch in batches]
 
 
-@pytest.mark.parametrize("n, sharing", [(N, "layerwise"), (48, "none")])
-def test_long_only_leaves_short_texts_exact(n, sharing, folders, tmp_path):
-    options = ["--projection_type", "linear", "--projection_sharing", sharing, "--max_position_embeddings", n]
-    folders.convert(*options)
+@pytest.mark.parametrize(
+    "n, options",
+    [
+        (N, ["--projection_type", "linear"]),
+        (48, ["--projection_type", "linear", "--projection_sharing", "none"]),
+        (N, ["--slot_projections"]),
+        (48, ["--slot_projections", "--local_window", 2]),
+    ],
+    ids=["linear", "linear-48", "slot_projections", "slot_projections-48"],
+)
+def test_long_only_leaves_short_texts_exact(n, options, folders, tmp_path):
+    folders.convert("--max_position_embeddings", n, *options)
     given = ["--trainable", "long_only", "--max_length", n, "--lengths", 4, EXACT, n, "--num_train_epochs", 2]
     output_dir = folders.distill(*given, "--results_file", tmp_path / "results.csv")
     found = results(output_dir)
@@ -414,7 +429,7 @@ def test_long_only_leaves_short_texts_exact(n, sharing, folders, tmp_path):
         assert torch.equal(after, before)
 
     old, new = (load_file(path / "model.safetensors") for path in (folders.student, output_dir))
-    projections = {name for name in old if name.endswith((".E", ".F"))}
+    projections = {name for name in old if name.endswith((".E", ".F")) or ".slot_" in name}
     assert changed_weights(folders.student, output_dir) == {*projections, POSITIONS} and projections
     moved = (old[POSITIONS] != new[POSITIONS]).any(dim=1)
     assert moved.tolist() == [row >= EXACT for row in range(n)]
@@ -472,7 +487,8 @@ def test_it_resumes_exactly_after_being_killed(head, folders):
         process.join()
         return process.exitcode
 
-    assert run((output_dir / "checkpoint-4").exists) == -9
+    # In the middle of an epoch of 14 steps.
+    assert run(lambda: any(step >= 4 for step in list_checkpoints(output_dir))) == -9
     assert not (output_dir / "all_results.json").exists()
     assert run(lambda: False) == 0
     assert changed_weights(folders.student, output_dir) and not changed_weights(whole, output_dir)

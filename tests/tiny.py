@@ -88,6 +88,7 @@ def variants(windows=(0, 3)) -> list[dict]:
         settings += [
             {"projection_type": "linear", "projected_length": by_layer, "local_window": window},
             {"projection_type": "mean_pool", "projected_length": by_layer, "local_window": window},
+            {"projection_type": "mean_pool", "local_window": window, "slot_projections": True},
         ]
         settings += [
             {
@@ -109,6 +110,7 @@ def core_variants() -> list[dict]:
     by_head = {"projection_sharing": "none", "projected_length": [[5, 3, 7, 4], [6, 6, 6, 6]]}
     settings += [by_head | {"projection_type": kind, "local_window": 3} for kind in ("convolution", "mean_pool")]
     exact = {"projection_sharing": "headwise", "exact_short_sequences": True}
+    settings += [{"projection_type": "mean_pool", "local_window": w, "slot_projections": True} for w in (0, 3)]
     return settings + [exact | {"projection_type": "linear", "local_window": window} for window in (0, 3)]
 
 
@@ -117,7 +119,8 @@ def variant_id(settings: dict) -> str:
     by = "" if isinstance(k, int) else "-k_by_head" if isinstance(k[0], list) else "-k_by_layer"
     exact = "-exact" if settings.get("exact_short_sequences") else ""
     sharing = settings.get("projection_sharing", "layerwise")
-    return f"{settings.get('projection_type', 'linear')}-{sharing}-w{settings.get('local_window', 0)}{by}{exact}"
+    own = "-slot_projections" if settings.get("slot_projections") else ""
+    return f"{settings.get('projection_type', 'linear')}-{sharing}-w{settings.get('local_window', 0)}{by}{exact}{own}"
 
 
 def save_classifier(folder: Path, labels: list[str], **changes) -> Path:
