@@ -47,6 +47,8 @@ TABLES = {
     "training": "efficiency_tables:training_table",
     "spectrum": "plot_spectrum:spectrum_table",
     "onnx": "onnx_table:onnx_table",
+    "conversion": "conversion_table:conversion_table",
+    "halves": "halves_table:halves_table",
 }
 
 

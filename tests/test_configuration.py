@@ -44,6 +44,18 @@ ROOT = Path(__file__).parents[1]
         ({"projection_type": "conv"}, "mean_pool"),
         ({"projection_sharing": "kv"}, "key_value"),
         ({"classifier_pooling": "max"}, "mean"),
+        ({"classifier_activation": "glue"}, "classifier_activation.*'tanh'"),
+        ({"embedding_size": 0}, "`embedding_size` must be at least 1"),
+        ({"slot_projections": True}, "needs `projection_type='mean_pool'` .not 'linear'"),
+        (
+            {
+                "slot_projections": True,
+                "projection_type": "mean_pool",
+                "projection_sharing": "none",
+                "projected_length": [[6, 5, 6, 6], [6, 6, 6, 6]],
+            },
+            "same k for all heads",
+        ),
         ({"hidden_size": "20"}, "hidden_size"),
         ({"projected_length": 6.0}, "projected_length"),
     ],

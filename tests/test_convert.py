@@ -258,6 +258,30 @@ def test_longer_than_the_source(model_type, unused, how, tmp_path):
     assert output.shape == (1, 2 * N, 20) and output.isfinite().all()
 
 
+def test_positions_that_the_source_was_not_trained_on(tmp_path):
+    source = save_source(tmp_path / "source", "roberta")
+    model = converted(tmp_path / "source", "--trained_length", 11, "--max_position_embeddings", 2 * N)
+    table = positions(source)[2:]
+    for row in range(2 * N):
+        assert torch.equal(positions(model)[row], table[row if row < 11 else 1 + (row - 11) % 10])
+    assert_equal(source, model)
+
+
+def test_slot_projections_begin_as_those_of_tokens(tmp_path):
+    source = save_source(tmp_path / "source", "bert")
+    with_own = converted(tmp_path / "source", "--slot_projections")
+    without = converted(tmp_path / "source", "--overwrite_output_dir")
+    assert_equal(source, with_own)
+    inputs = make_inputs(source.config, [N, 13, 4])
+    assert max(differences(without, with_own, inputs).values()) == 0
+    with torch.no_grad():
+        for layer in with_own.layers:
+            layer.attention.slot_key.weight.mul_(-1)
+    # What is done to them is seen on longer rows, and on no others.
+    assert_equal(source, with_own)
+    assert max(differences(without, with_own, inputs).values()) > 1e-3
+
+
 @pytest.mark.parametrize("how", ["copy", "interpolate"])
 @pytest.mark.parametrize("keep", [0, 1, 5, 7])
 def test_any_number_of_positions(how, keep):
@@ -560,6 +584,8 @@ MISFITS = [
     (["--max_position_embeddings", -1], ["--max_position_embeddings -1"]),
     (["--max_position_embeddings", 0], ["--max_position_embeddings 0"]),
     (["--position_extension", "mirror"], ["--position_extension", "mirror", "copy", "interpolate"]),
+    (["--trained_length", 25], ["--trained_length 25", "24"]),
+    (["--slot_projections", "--projection_type", "linear"], ["slot_projections", "mean_pool", "linear"]),
     (["--dtype", "int8"], ["--dtype", "int8", "float16"]),
     (["--lengths", 8, 25, "--max_eval_samples", 1], ["--lengths 25", "24"]),
     (["--lengths", 0, 8, "--max_eval_samples", 1], ["--lengths 0"]),
@@ -601,7 +627,8 @@ def test_results_and_picture(bert, texts, tmp_path, capsys):
     with table.open() as file:
         rows = list(csv.DictReader(file))
     columns = "commit date hardware torch transformers seed command experiment source data projection_type "
-    columns += "projected_length local_window max_position_embeddings position_extension length texts target "
+    columns += "projected_length local_window slot_projections max_position_embeddings position_extension "
+    columns += "trained_length length texts target "
     columns += "keys_a_query token_cosine embedding_cosine layer_errors"
     assert list(rows[0]) == columns.split()
     assert [row["length"] for row in rows] == ["4", "8", "24", "48"]

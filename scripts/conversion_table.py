@@ -1,0 +1,44 @@
+"""The table of results/conversion.csv, for scripts/make_tables.py: how near each conversion is to its source."""
+
+
+def conversion_table(rows: list[dict[str, str]]) -> list[str]:
+    """A line for each run: what was made and how it was taught, and the cosine of tokens by the length of the text."""
+    lengths = sorted({int(row["length"]) for row in rows})
+    runs: dict[tuple[str, str], dict[int, dict[str, str]]] = {}
+    for row in rows:
+        runs.setdefault((row["command"], row["seed"]), {})[int(row["length"])] = row
+    header = ["texts", "projection", "k", "w", "taught", "keys a query"]
+    header += [f"tokens, {length:,}" for length in lengths] + ["embedding"]
+    lines = [header, ["---"] * len(header)]
+    for run in runs.values():
+        longest = run[max(length for length, row in run.items() if row["target"] == "whole")]
+        cosines = [f"{float(run[length]['token_cosine']):.3f}" if length in run else "–" for length in lengths]
+        lines.append(
+            [
+                longest["data"],
+                longest["projection_type"] + how_positions(longest),
+                longest["projected_length"],
+                longest["local_window"],
+                how_taught(longest),
+                f"{float(longest['keys_a_query']):.0f}",
+                *cosines,
+                f"{float(longest['embedding_cosine']):.3f}",
+            ]
+        )
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def how_positions(row: dict[str, str]) -> str:
+    """What was made of positions that the source has not, or was not trained on."""
+    if row.get("trained_length"):
+        return f", positions of the first {row['trained_length']} again"
+    if row["experiment"] == "convert" and int(row["max_position_embeddings"]) > 512:
+        return f", positions: {row['position_extension']}"
+    return ""
+
+
+def how_taught(row: dict[str, str]) -> str:
+    if row["experiment"] == "convert":
+        return "no"
+    what = {"all": "everything", "long_only": "slots only" if row["slot_projections"] == "True" else "E only"}
+    return f"{what[row['trainable']]}, {int(row['train_tokens']) / 1e6:.1f} M tokens, lr {row['learning_rate']}"
