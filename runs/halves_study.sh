@@ -34,4 +34,4 @@ study() { # name of the data, file, options
 
 study speeches sotu/full.parquet --max_words 6000
 study reviews imdb/test.parquet --max_eval_samples 500
-study pieces_of_books gutenberg/validation.parquet --min_words 4000 --max_words 4000 --pieces_per_document 20
+[[ ${BOOKS:-1} == 0 ]] || study pieces_of_books gutenberg/validation.parquet --min_words 4000 --max_words 4000 --pieces_per_document 20

@@ -241,6 +241,40 @@ def cut_into_pieces(
     )
 
 
+def draw_pieces(
+    arguments: DistillationArguments, texts: TextArguments, loop: TrainingArguments, pair: Pair, max_length: int
+) -> Dataset:
+    """The pieces to learn from. Raises `UserError` if there are none."""
+    workers = loop.preprocessing_num_workers
+    pieces = cut_into_pieces(load_texts(texts), texts.text_column, pair.tokenizer, max_length, workers)
+    longer = ""
+    if arguments.trainable == "long_only":
+        # Others have nothing to say of what is trained.
+        exact = exact_length(pair.config)
+        pieces = pieces.filter(lambda length: length > exact, input_columns="length")
+        longer = f" longer than {exact} tokens"
+    if not len(pieces):
+        raise UserError(f"there is no text{longer} to learn from")
+    if arguments.max_train_samples is None or arguments.max_train_samples >= len(pieces):
+        return pieces
+    return pieces.shuffle(seed=loop.seed).select(range(arguments.max_train_samples))
+
+
+def draw_compared(
+    arguments: DistillationArguments, texts: TextArguments, pair: Pair, max_length: int, seed: int
+) -> dict[int, list[Tensor]]:
+    """The rows on which both are compared, by length. Raises `UserError` if there are none."""
+    files = " ".join(arguments.validation_file)
+    held_out = load_data_files({"validation": arguments.validation_file})["validation"]
+    held_out = checked(held_out, texts.text_column, files).shuffle(seed=seed)
+    lengths = sorted(arguments.lengths or length_buckets(pair.source_n, max_length))
+    found = [text for text in held_out[texts.text_column] if text]
+    rows = draw_rows(found, pair.tokenizer, lengths, arguments.max_eval_samples)
+    if not rows:
+        raise UserError(f"there is no text to compare on in {files}")
+    return rows
+
+
 def relative_errors(ours: Tensor, theirs: Tensor, mask: Tensor) -> Tensor:
     """Squared, of each layer, over the real tokens of a batch: (B, layers, N, D), (B, N) -> (layers,)"""
     real = mask[:, None, :, None].float()
@@ -256,10 +290,11 @@ def teach(pair: Pair, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         output = pair.teacher(input_ids=input_ids, attention_mask=mask, output_hidden_states=True)
         return torch.stack(output.hidden_states[1:], dim=1), output.get("logits")
     rows = []
-    for row, length in zip(input_ids, mask.sum(dim=-1).tolist()):
-        # Rows are padded on the right.
-        states = states_of_windows(encoder_of(pair.teacher), row[:length], pair.source_n)[1:]
-        rows.append(nn.functional.pad(states, (0, 0, 0, len(row) - length)))
+    for row, real in zip(input_ids, mask.bool()):
+        of_tokens = states_of_windows(encoder_of(pair.teacher), row[real], pair.source_n)[1:]
+        states = of_tokens.new_zeros(len(of_tokens), len(row), of_tokens.shape[-1])
+        states[:, real] = of_tokens
+        rows.append(states)
     return torch.stack(rows), None
 
 
@@ -334,26 +369,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if loop.gradient_checkpointing:
         pair.student.activation_checkpointing_enable()
     with accelerator.main_process_first():
-        pieces = cut_into_pieces(
-            load_texts(texts), texts.text_column, pair.tokenizer, max_length, loop.preprocessing_num_workers
-        )
-    if arguments.trainable == "long_only":
-        pieces = pieces.filter(lambda length: length > exact_length(pair.config), input_columns="length")
-    if not len(pieces):
-        longer = f" longer than {exact_length(pair.config)} tokens" if arguments.trainable == "long_only" else ""
-        raise UserError(f"there is no text{longer} to learn from")
-    if arguments.max_train_samples is not None and arguments.max_train_samples < len(pieces):
-        pieces = pieces.shuffle(seed=loop.seed).select(range(arguments.max_train_samples))
-    held_out = checked(
-        load_data_files({"validation": arguments.validation_file})["validation"],
-        texts.text_column,
-        " ".join(arguments.validation_file),
-    )
-    lengths = sorted(arguments.lengths or length_buckets(pair.source_n, max_length))
-    compared = [text for text in held_out.shuffle(seed=loop.seed)[texts.text_column] if text]
-    rows = draw_rows(compared, pair.tokenizer, lengths, arguments.max_eval_samples)
-    if not rows:
-        raise UserError(f"there is no text to compare on in {' '.join(arguments.validation_file)}")
+        pieces = draw_pieces(arguments, texts, loop, pair, max_length)
+    rows = draw_compared(arguments, texts, pair, max_length, loop.seed)
 
     sampler, generator = grouped_by_length(pieces["length"], loop, accelerator.num_processes)
     collate = DataCollatorWithPadding(pair.tokenizer)
