@@ -106,6 +106,14 @@ class ConversionArguments:
             "choices": ["auto", "float32", "float16", "bfloat16"],
         },
     )
+    loaded_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "What they are loaded as unless something else is asked for, such as float32 for a small file of "
+            "float16 that is used on CPUs. Default: what they are saved as.",
+            "choices": ["float32", "float16", "bfloat16"],
+        },
+    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the model that is there."})
 
 
@@ -280,12 +288,18 @@ def save(
     aside.mkdir(parents=True)
     model.to(dtype=dtype)  # type: ignore[call-arg]
     model.save_pretrained(aside)
+    if arguments.loaded_dtype:
+        config = json.loads((aside / "config.json").read_text(encoding="utf-8"))
+        write_json(aside / "config.json", config | {"dtype": arguments.loaded_dtype})
     n = model.config.max_position_embeddings
     tokenizer.model_max_length = n
     if backend := getattr(tokenizer, "backend_tokenizer", None):
         # What the source's file says of cutting and padding would hold for whoever reads it without Transformers.
         backend.no_truncation()
         backend.no_padding()
+    for name in ("is_local", "local_files_only", "max_length", "stride", "truncation_strategy"):
+        # How the source happened to be loaded, and to be cut, is no property of the tokenizer.
+        tokenizer.init_kwargs.pop(name, None)
     tokenizer.save_pretrained(aside)
     is_sentence_transformer = copy_sentence_transformers(arguments.model_name_or_path, aside, n)
     folder.mkdir(exist_ok=True)

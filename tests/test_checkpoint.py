@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors import safe_open
@@ -26,8 +27,7 @@ sentence_transformers = pytest.importorskip("sentence_transformers")
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
     """A word, sentences, and speeches of some 100, 200 and 800 words."""
-    speech = __import__("pandas").read_parquet(SPEECHES)["text"][0]
-    words = speech.split()
+    words = pd.read_parquet(SPEECHES)["text"][0].split()
     return ["Canal.", "The state of the union is strong.", *(" ".join(words[:length]) for length in (100, 180, 800))]
 
 
@@ -49,9 +49,8 @@ def test_embeddings_are_those_of_the_original_on_what_it_reads(ours, theirs, tex
     embeddings, expected = ours.encode(texts), theirs.encode(texts)
     assert embeddings.shape == (5, 384) and np.allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)
     assert np.abs(embeddings[:4] - expected[:4]).max() < ROUNDING
-    # The original reads a third of the last one.
-    similarity = embeddings[4] @ expected[4]
-    assert 0.6 < similarity < 0.999
+    # The original reads a quarter of the last one.
+    assert 0.2 < embeddings[4] @ expected[4] < 0.9
 
 
 def test_similarities_of_sentences(ours):
@@ -83,7 +82,7 @@ def test_loads_in_a_process_that_has_never_heard_of_it(tmp_path):
     code = f"""
 from transformers import AutoModel, AutoTokenizer
 model = AutoModel.from_pretrained({str(CHECKPOINT)!r}, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained({str(CHECKPOINT)!r})
+tokenizer = AutoTokenizer.from_pretrained({str(CHECKPOINT)!r}, trust_remote_code=True)
 inputs = tokenizer("word " * 3000, return_tensors="pt")
 print(type(model).__name__, tuple(model(**inputs).last_hidden_state.shape))
 """
