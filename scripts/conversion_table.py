@@ -11,7 +11,9 @@ def conversion_table(rows: list[dict[str, str]]) -> list[str]:
     header += [f"tokens, {length:,}" for length in lengths] + ["embedding"]
     lines = [header, ["---"] * len(header)]
     for run in runs.values():
-        longest = run[max(length for length, row in run.items() if row["target"] == "whole")]
+        # What the source can read whole, if there is any.
+        whole = {length: row for length, row in run.items() if row["target"] == "whole"} or run
+        longest = whole[max(whole)]
         cosines = [f"{float(run[length]['token_cosine']):.3f}" if length in run else "–" for length in lengths]
         lines.append(
             [
@@ -30,11 +32,11 @@ def conversion_table(rows: list[dict[str, str]]) -> list[str]:
 
 def how_positions(row: dict[str, str]) -> str:
     """What was made of positions that the source has not, or was not trained on."""
-    if row.get("trained_length"):
-        return f", positions of the first {row['trained_length']} again"
-    if row["experiment"] == "convert" and int(row["max_position_embeddings"]) > 512:
-        return f", positions: {row['position_extension']}"
-    return ""
+    if row["target"] == "whole" and not row.get("trained_length"):
+        return ""
+    how = {"copy": "copied", "interpolate": "interpolated"}[row["position_extension"]]
+    of = f" from the first {row['trained_length']}" if row.get("trained_length") else ""
+    return f", positions {how}{of}"
 
 
 def how_taught(row: dict[str, str]) -> str:
