@@ -1,7 +1,7 @@
 #!/bin/bash
 # results/halves.csv: the first half of a long document finds its second one. all-MiniLM-L6-v2 reads the beginning, or
 # windows one after the other; the Linformer made of it reads all in one pass. Half an hour on two cores, best left
-# alone. What is already in the file is not measured again.
+# alone, and a third less with BOOKS=0, which leaves out the books. What is in the file is not measured again.
 #     bash runs/halves_study.sh FOLDER CHECKPOINT    # default ../shared/data checkpoints/linformer-all-MiniLM-L6-v2
 # FOLDER has sotu/full.parquet, imdb/test.parquet and gutenberg/validation.parquet, which are not shipped: 233 whole
 # addresses, reviews of 600 words or more, and of each of 18 books up to 20 pieces of 4,000 words, one after the other.

