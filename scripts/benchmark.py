@@ -27,7 +27,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -43,6 +42,7 @@ from tqdm.auto import tqdm
 from benchmark_models import Cell
 from benchmark_plan import Planned, cells_of_length, gib, plan_cell
 from common import UserError, append_results, format_table, parse_arguments, run_main
+from operations import measure_peak
 
 
 WORKER = Path(__file__).with_name("benchmark_worker.py")
@@ -53,9 +53,6 @@ MODELS = [
     *("roberta_eager", REFERENCE, "roberta_sdpa_tiled", "bert_sdpa", "modernbert_sdpa"),
     *("longformer", "nystromformer", "linformer_package", "linformer_pytorch_package"),
 ]
-# (M, K, N) of the products that the peak is the best of: two of a layer of the models, and large squares.
-PRODUCTS = [(4096, 768, 3072), (4096, 3072, 768), (2048, 2048, 2048), (4096, 4096, 4096)]
-PRODUCTS_OF_CUDA = [*PRODUCTS, (8192, 8192, 8192)]
 # Left free when processes wait side by side.
 SPARE_BYTES = 2**30
 
@@ -177,22 +174,6 @@ def memory_limit(arguments: BenchmarkArguments) -> int:
     """Bytes that one cell may take."""
     free = 0.9 * free_memory(arguments.device or "cpu")
     return int(min(free, (arguments.max_memory_gib or float("inf")) * 2**30))
-
-
-def measure_peak(device: str, dtype: torch.dtype, num_threads: int, repeats: int = 3) -> float:
-    """The most floating-point operations a second that torch reaches in a matrix product, the best of several."""
-    torch.set_num_threads(num_threads)
-    best = 0.0
-    for rows, inner, columns in PRODUCTS_OF_CUDA if device == "cuda" else PRODUCTS:
-        left = torch.randn(rows, inner, device=device).to(dtype)
-        right = torch.randn(inner, columns, device=device).to(dtype)
-        for _ in range(repeats + 1):
-            started = time.perf_counter()
-            torch.matmul(left, right)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            best = max(best, 2 * rows * inner * columns / (time.perf_counter() - started))
-    return best
 
 
 class WorkerFailed(Exception):
@@ -398,7 +379,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             show_plan(plans)
             continue
         dtypes = {plan.cell.dtype: plan.cell.torch_dtype for plan in plans}
-        peaks = {name: measure_peak(arguments.device, dtype, arguments.num_threads) for name, dtype in dtypes.items()}
+        torch.set_num_threads(arguments.num_threads)
+        peaks = {name: measure_peak(arguments.device, dtype) for name, dtype in dtypes.items()}
         rows = measure_column(plans, arguments, peaks)
         print(summary(rows), flush=True)
         if arguments.results_file:

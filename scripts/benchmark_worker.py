@@ -21,9 +21,9 @@ from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from benchmark_models import FIRST_WORD, Cell, build_model
+from operations import count_operations
 
 
 MASKED_SHARE = 0.15
@@ -63,25 +63,6 @@ def make_step(model: nn.Module, inputs: dict[str, Tensor], cell: Cell) -> Callab
         optimizer.zero_grad(set_to_none=True)
 
     return train
-
-
-def count_operations(step: Callable[[], None]) -> int:
-    """Floating-point operations of the matrix products of a step; a multiplication and an addition are two."""
-
-    def attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-        return sdpa_flop_count(query, key, value)
-
-    def attention_backward(gradient: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-        return sdpa_backward_flop_count(gradient, query, key, value)
-
-    # Torch has formulas for the fused attention of GPUs only.
-    of_cpu = {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
-    }
-    with FlopCounterMode(display=False, custom_mapping=of_cpu) as counter:
-        step()
-    return counter.get_total_flops()
 
 
 def resident(field: str) -> int:

@@ -1,8 +1,9 @@
 """Checkpoints of a training loop that survive a kill at any moment: written aside, renamed, checked before use.
 
 A checkpoint is a folder `checkpoint-<step>` of what `Accelerator.save_state` writes and of `progress.json` (where the
-run stands), `arguments.json` (which run it is) and `checksums.json` (the SHA-256 of all the others). Weights are
-safetensors; optimizer and schedule are torch files, which `Accelerator.load_state` opens with `weights_only=True`.
+run stands), `data-<process>.json` (where each process stands in its data), `arguments.json` (which run it is) and
+`checksums.json` (the SHA-256 of all the others). Weights are safetensors; optimizer and schedule are torch files,
+which `Accelerator.load_state` opens with `weights_only=True`. All processes write to one folder.
 """
 
 import hashlib
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
-from common import UserError, write_json
+from common import UserError, one_line, write_json
 
 
 def list_checkpoints(output_dir: Path) -> dict[int, Path]:
@@ -41,21 +43,39 @@ def is_intact(checkpoint: Path) -> bool:
 
 
 def save_checkpoint(
-    accelerator: Accelerator, output_dir: Path, progress: dict[str, Any], identity: dict[str, Any], limit: int
+    accelerator: Accelerator,
+    output_dir: Path,
+    progress: dict[str, Any],
+    data_state: dict[str, Any],
+    identity: dict[str, Any],
+    limit: int,
 ) -> None:
-    """Write `checkpoint-<progress["step"]>`, then keep the newest `limit` and the ones they call their `best_step`."""
+    """Write `checkpoint-<progress["step"]>`, then keep the newest `limit` and the ones they call their `best_step`.
+
+    Raises `UserError` where it cannot be written, as on a full disk; the checkpoints before it stay as they are.
+    """
     folder, aside = output_dir / f"checkpoint-{progress['step']}", output_dir / ".checkpoint.partial"
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(aside))
-    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(aside))
+        write_json(aside / f"data-{accelerator.process_index}.json", data_state)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_json(aside / "progress.json", progress)
+            write_json(aside / "arguments.json", identity)
+            write_json(aside / "checksums.json", _checksums(aside))
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
+    # Torch and safetensors have errors of their own for what the system refuses.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(
+            f"cannot write {folder}: {one_line(error)}; the checkpoints before it are good: make room, then go on "
+            "with --resume_from_checkpoint last"
+        ) from error
     if accelerator.is_main_process:
-        write_json(aside / "progress.json", progress)
-        write_json(aside / "arguments.json", identity)
-        write_json(aside / "checksums.json", _checksums(aside))
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
         # Later ones are there only if this run went back to an earlier one; they are replaced as it gets there.
         past = {step: path for step, path in list_checkpoints(output_dir).items() if step <= progress["step"]}
         newest = list(past)[-limit:]
@@ -101,8 +121,11 @@ def find_checkpoint(output_dir: Path, wanted: str | None, overwrite: bool) -> Pa
     return None
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Load all states and return the progress; `UserError` if it was written by a run of another identity."""
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, identity: dict[str, Any]) -> tuple[dict, dict]:
+    """Load all states; return the progress and where this process stands in its data.
+
+    Raises `UserError` if it was written by a run of another identity.
+    """
     before = json.loads((checkpoint / "arguments.json").read_text())
     changed = [
         f"{name} was {before.get(name)} and is {identity.get(name)}"
@@ -112,4 +135,6 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, identity: dict[s
     if changed:
         raise UserError(f"cannot resume {checkpoint} with other arguments: {'; '.join(changed)}")
     accelerator.load_state(str(checkpoint))
-    return json.loads((checkpoint / "progress.json").read_text())
+    names = ("progress.json", f"data-{accelerator.process_index}.json")
+    progress, data_state = (json.loads((checkpoint / name).read_text()) for name in names)
+    return progress, data_state

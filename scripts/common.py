@@ -182,13 +182,22 @@ class TextArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
     dataset_split: str = field(default="train", metadata={"help": "Split of that data set."})
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    sample_by: str = field(
+        default="line",
+        metadata={"help": "What one text of a .txt file is.", "choices": ["line", "paragraph", "document"]},
+    )
 
 
-def load_data_files(data_files: Mapping[str, str | Sequence[str]]) -> DatasetDict:
+def load_data_files(
+    data_files: Mapping[str, str | Sequence[str]], sample_by: str = "line", streaming: bool = False
+) -> DatasetDict:
     """Load the files of each split, e.g. `{"train": "a.csv", "validation": ["b.jsonl.gz", "c.jsonl"]}`.
 
-    Types: csv, tsv, json, jsonl, parquet and txt (a row a line, column `text`), each also compressed as .gz. The files
-    of one split are of one type. Raises `UserError` for a missing, empty or unreadable file and an unknown type.
+    Types: csv, tsv, json, jsonl, parquet and txt (column `text`), each also compressed as .gz. The files of one split
+    are of one type.
+    sample_by: what one row of a txt file is: a line, a paragraph (up to an empty line) or the whole file (document)
+    streaming: give the splits as `IterableDataset`, which reads as it goes
+    Raises `UserError` for a missing, empty or unreadable file and an unknown type.
     """
     splits = DatasetDict()
     for split, given in data_files.items():
@@ -204,10 +213,12 @@ def load_data_files(data_files: Mapping[str, str | Sequence[str]]) -> DatasetDic
             if Path(path).stat().st_size == 0:
                 raise UserError(f"the {split} file {path} is empty")
         builder, options = FILE_TYPES[types.pop()]
+        if builder == "text":
+            options = options | {"sample_by": sample_by}
         try:
             # `datasets` takes paths for patterns: without the escape `a[1].csv` is not found and `a*.csv` is many.
             files = {split: [glob.escape(path) for path in paths]}
-            splits[split] = load_dataset(builder, data_files=files, split=split, **options)
+            splits[split] = load_dataset(builder, data_files=files, split=split, streaming=streaming, **options)
         except (DatasetGenerationError, ValueError, OSError) as error:
             reason = one_line(error.__cause__ or error)
             if "corresponds to no data" in reason:
@@ -216,7 +227,7 @@ def load_data_files(data_files: Mapping[str, str | Sequence[str]]) -> DatasetDic
     return splits
 
 
-def checked(dataset: Dataset, text_column: str, name: str) -> Dataset:
+def only_texts(dataset: Dataset, text_column: str, name: str) -> Dataset:
     """The column of the text alone, or a `UserError` that says what `name` holds in its place."""
     if text_column not in dataset.column_names:
         raise UserError(f"{name} has no column {text_column!r}; --text_column can be one of {dataset.column_names}")
@@ -225,20 +236,30 @@ def checked(dataset: Dataset, text_column: str, name: str) -> Dataset:
     return dataset.select_columns([text_column])
 
 
-def load_texts(arguments: TextArguments) -> Dataset:
-    """The column of the texts alone. Raises `UserError` where there is none."""
+def load_texts(arguments: TextArguments, split: str | None = None, streaming: bool = False) -> Dataset:
+    """The column of the texts alone, of --train_file or of a split of --dataset_name (default --dataset_split).
+
+    streaming: as an `IterableDataset`, which reads as it goes. Raises `UserError` where there is no text.
+    """
     if (arguments.train_file is None) == (arguments.dataset_name is None):
         found = "neither" if arguments.train_file is None else "both"
         raise UserError(f"give either --train_file or --dataset_name, got {found}")
     if arguments.train_file is not None:
-        dataset = load_data_files({"train": arguments.train_file})["train"]
-        return checked(dataset, arguments.text_column, ", ".join(arguments.train_file))
-    name = f"split {arguments.dataset_split} of --dataset_name {arguments.dataset_name}"
-    try:
-        dataset = load_dataset(arguments.dataset_name, arguments.dataset_config_name, split=arguments.dataset_split)
-    except (DatasetsError, OSError, ValueError) as error:
-        raise UserError(f"cannot load {name}: {one_line(error.__cause__ or error)}") from error
-    return checked(dataset, arguments.text_column, name)
+        dataset = load_data_files({"train": arguments.train_file}, arguments.sample_by, streaming)["train"]
+        name = ", ".join(arguments.train_file)
+    else:
+        split = split or arguments.dataset_split
+        name = f"split {split} of --dataset_name {arguments.dataset_name}"
+        try:
+            dataset = load_dataset(
+                arguments.dataset_name, arguments.dataset_config_name, split=split, streaming=streaming
+            )
+        except (DatasetsError, OSError, ValueError) as error:
+            raise UserError(f"cannot load {name}: {one_line(error.__cause__ or error)}") from error
+    if streaming:
+        # What a stream holds is known once its first row is read.
+        dataset = dataset._resolve_features() if dataset.features is None else dataset
+    return only_texts(dataset, arguments.text_column, name)
 
 
 def _load_splits(arguments: DataArguments) -> DatasetDict:

@@ -39,10 +39,10 @@ from common import (
     ROOT,
     UserError,
     append_results,
-    checked,
     format_table,
     load_data_files,
     one_line,
+    only_texts,
     parse_arguments,
     run_main,
     write_json,
@@ -314,7 +314,7 @@ def save(
 def draw_texts(arguments: ComparisonArguments) -> list[str]:
     """All texts of the files, in an order drawn by the seed."""
     dataset = load_data_files({"validation": arguments.validation_file})["validation"]
-    dataset = checked(dataset, arguments.text_column, " ".join(arguments.validation_file))
+    dataset = only_texts(dataset, arguments.text_column, " ".join(arguments.validation_file))
     return [text for text in dataset.shuffle(seed=arguments.seed)[arguments.text_column] if text]
 
 

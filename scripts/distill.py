@@ -42,11 +42,11 @@ from common import (
     TextArguments,
     UserError,
     append_results,
-    checked,
     format_table,
     load_data_files,
     load_texts,
     one_line,
+    only_texts,
     parse_arguments,
     run_main,
     write_json,
@@ -57,6 +57,7 @@ from hf_linformer import LinformerConfig
 from teacher import encoder_of, states_of_windows
 from training import (
     FREE_ARGUMENTS,
+    Rows,
     TrainingArguments,
     grouped_by_length,
     prepare_output_dir,
@@ -266,7 +267,7 @@ def draw_compared(
     """The rows on which both are compared, by length. Raises `UserError` if there are none."""
     files = " ".join(arguments.validation_file)
     held_out = load_data_files({"validation": arguments.validation_file})["validation"]
-    held_out = checked(held_out, texts.text_column, files).shuffle(seed=seed)
+    held_out = only_texts(held_out, texts.text_column, files).shuffle(seed=seed)
     lengths = sorted(arguments.lengths or length_buckets(pair.source_n, max_length))
     found = [text for text in held_out[texts.text_column] if text]
     rows = draw_rows(found, pair.tokenizer, lengths, arguments.max_eval_samples)
@@ -409,15 +410,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     identity = {name: value for name, value in all_arguments.items() if name not in FREE_ARGUMENTS}
     identity |= {"processes": accelerator.num_processes, "training tokens": sum(pieces["length"])}
     prepare_output_dir(accelerator, loop, identity, checkpoint)
-    progress = train(accelerator, pair.student, loader, generator, compute_loss, evaluate, loop, identity, checkpoint)
+    data = Rows(accelerator, loader, generator, loop.seed)
+    progress, wrapped = train(accelerator, pair.student, data, compute_loss, evaluate, loop, identity, checkpoint)
+    for name, value in dropout.items():
+        setattr(pair.config, name, value)
+    save_model(accelerator, wrapped, pair.tokenizer, Path(loop.output_dir))
 
     if accelerator.is_main_process:
         output_dir = Path(loop.output_dir)
         measured.load_state_dict(pair.student.state_dict())
         results = measure_fidelity(pair.teacher, measured, rows, pair.source_n)
-        for name, value in dropout.items():
-            setattr(pair.config, name, value)
-        save_model(pair.student, pair.tokenizer, output_dir)
         write_json(output_dir / "training_args.json", all_arguments)
         finished = output_dir / "all_results.json"
         if loop.results_file and not finished.exists():

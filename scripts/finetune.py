@@ -12,9 +12,7 @@ All options can stand in one file: `python scripts/finetune.py configs/demo.yaml
 on with `--resume_from_checkpoint last` and ends with the weights, bit for bit on a CPU, that it would have had.
 """
 
-import json
 import math
-import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -26,23 +24,18 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import DatasetDict
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-import hf_linformer  # noqa: F401  (registers Linformer with the Auto classes)
 from common import (
-    ROOT,
     DataArguments,
     UserError,
     append_result,
@@ -53,9 +46,11 @@ from common import (
     run_main,
     write_json,
 )
+from loading import ModelArguments, load_config_and_tokenizer
 from metrics import ComputeMetrics, choose_metrics
 from training import (
     FREE_ARGUMENTS,
+    Rows,
     TrainingArguments,
     grouped_by_length,
     prepare_output_dir,
@@ -66,32 +61,12 @@ from training import (
 
 
 @dataclass
-class ModelArguments:
+class ClassifierArguments(ModelArguments):
     """What is trained."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A model to start from: a folder or a Hub name. Only safetensors are loaded."}
-    )
-    config_name: str | None = field(
-        default=None,
-        metadata={"help": "Instead, to train from scratch: a configuration (JSON file, folder or Hub name)."},
-    )
-    config_overrides: str | None = field(
-        default=None,
-        metadata={"help": "Changes to the configuration, e.g. 'projection_type=mean_pool,projected_length=[64,32]'."},
-    )
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Default: the model's own, and this repository's tokenizer/ from scratch."}
-    )
     classifier_pooling: str | None = field(
         default=None,
         metadata={"help": "What a Linformer classifies by: its first token (cls) or the mean of all (mean)."},
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run modelling code that comes with a model of the Hub."}
-    )
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Compute activations again in the backward pass: less memory, slower."}
     )
 
 
@@ -116,48 +91,24 @@ DESCRIBED_KEYS = ("model_type", "projection_type", "projection_sharing", "projec
 
 
 def load_model(
-    arguments: ModelArguments, label_names: list[str] | None
+    arguments: ClassifierArguments, label_names: list[str] | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model with a head for these labels (None: regression), and its tokenizer."""
-    name = arguments.model_name_or_path or arguments.config_name
-    if name is None or (arguments.model_name_or_path and arguments.config_name):
-        raise UserError("give either --model_name_or_path, to go on from a model, or --config_name, for a new one")
+    changes = {"classifier_pooling": arguments.classifier_pooling} if arguments.classifier_pooling else {}
+    config, tokenizer = load_config_and_tokenizer(arguments, changes)
+    name = arguments.model_name_or_path
     trust = {"trust_remote_code": arguments.trust_remote_code}
-    tokenizer_name = str(arguments.tokenizer_name or arguments.model_name_or_path or ROOT / "tokenizer")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, **trust)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load the tokenizer {tokenizer_name}: {one_line(error)}") from error
-    if not tokenizer.is_fast or tokenizer.pad_token is None:
-        raise UserError(f"the tokenizer {tokenizer_name} must be a fast one with a padding token")
-
-    changes = parse_overrides(arguments)
-    if arguments.model_name_or_path is None:
-        changes = {"pad_token_id": tokenizer.pad_token_id} | changes
-    try:
-        config, unknown = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **trust, **changes)
-        # Made anew, so that what must fit together is checked together.
-        config = type(config)(**config.to_dict())
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise UserError(f"cannot use the configuration {name}: {one_line(error)}") from error
-    if unknown := sorted(unknown.keys() & changes.keys()):
-        raise UserError(f"the configuration {name} of a {config.model_type} model has no {unknown} to override")
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"the tokenizer {tokenizer_name} has {len(tokenizer)} entries, the model {name} only {config.vocab_size}; "
-            "use the model's own tokenizer, or from scratch --config_overrides vocab_size=..."
-        )
     has_other_head = config.num_labels != len(label_names or [""])
     if label_names is None:
         config.num_labels, config.problem_type = 1, "regression"
     else:
         config.problem_type = "single_label_classification"
         # A classifier that knows these labels keeps its order of them.
-        if set(config.label2id) != set(label_names):
+        if set(config.label2id or {}) != set(label_names):
             config.id2label = dict(enumerate(label_names))
             config.label2id = {name: index for index, name in enumerate(label_names)}
 
-    if arguments.model_name_or_path is None:
+    if name is None:
         model = AutoModelForSequenceClassification.from_config(config, **trust)
     else:
         try:
@@ -179,23 +130,6 @@ def load_model(
     if arguments.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model, tokenizer
-
-
-def parse_overrides(arguments: ModelArguments) -> dict[str, Any]:
-    """`a=1,b=[2,3],c=word` as a dictionary; values are read as JSON where they are JSON."""
-    changes: dict[str, Any] = {}
-    for override in re.split(r",(?=\s*\w+=)", arguments.config_overrides or ""):
-        name, equals, value = override.strip().partition("=")
-        if override and not equals:
-            raise UserError(f"--config_overrides takes key=value,key=value, not {override!r}")
-        if equals:
-            try:
-                changes[name] = json.loads(value)
-            except json.JSONDecodeError:
-                changes[name] = {"True": True, "False": False, "None": None}.get(value, value)
-    if arguments.classifier_pooling:
-        changes["classifier_pooling"] = arguments.classifier_pooling
-    return changes
 
 
 def choose_max_length(arguments: TrainingArguments, model: PreTrainedModel) -> int:
@@ -308,7 +242,7 @@ def evaluate_model(
 
 def main(argv: Sequence[str] | None = None) -> None:
     data_arguments, model_arguments, arguments = parse_arguments(
-        (DataArguments, ModelArguments, FinetuningArguments), argv, description=__doc__
+        (DataArguments, ClassifierArguments, FinetuningArguments), argv, description=__doc__
     )
     accelerator, checkpoint = start_accelerator(arguments)
     output_dir = Path(arguments.output_dir)
@@ -336,8 +270,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     identity |= {"processes": accelerator.num_processes, "training tokens": sum(tokenized["train"]["length"])}
     prepare_output_dir(accelerator, arguments, identity, checkpoint)
     eval_loader = accelerator.prepare(loaders["validation"])
-    progress = train(
-        *(accelerator, model, loaders["train"], generator),
+    progress, wrapped = train(
+        *(accelerator, model, Rows(accelerator, loaders["train"], generator, arguments.seed)),
         lambda model, batch: model(**batch).loss,
         lambda model: evaluate_model(accelerator, model, eval_loader, compute_metrics),
         *(arguments, identity, checkpoint),
@@ -351,15 +285,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         results["majority_accuracy"] = labels.count(majority) / len(labels)
     if "test" in loaders:
         loader = accelerator.prepare(loaders["test"])
-        values = evaluate_model(accelerator, model, loader, compute_metrics)
+        values = evaluate_model(accelerator, wrapped, loader, compute_metrics)
         results |= {f"test_{name}": value for name, value in values.items()}
     results |= {f"cut_share_{split}": share for split, share in cut_shares.items()}
     results |= {"parameters": model.num_parameters(), "seconds": progress.seconds}
     results["tokens_per_second"] = progress.tokens / progress.train_seconds
+    # Texts are cut where they were cut in training wherever the model is used.
+    tokenizer.model_max_length = max_length
+    save_model(accelerator, wrapped, tokenizer, output_dir)
     if accelerator.is_main_process:
-        # Texts are cut where they were cut in training wherever the model is used.
-        tokenizer.model_max_length = max_length
-        save_model(model, tokenizer, output_dir)
         write_json(output_dir / "training_args.json", all_arguments)
         finished = output_dir / "all_results.json"
         if arguments.results_file and not finished.exists():

@@ -49,6 +49,7 @@ TABLES = {
     "onnx": "onnx_table:onnx_table",
     "conversion": "conversion_table:conversion_table",
     "halves": "halves_table:halves_table",
+    "pretraining": "pretraining_table:pretraining_table",
 }
 
 

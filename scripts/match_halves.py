@@ -34,10 +34,10 @@ import hf_linformer  # noqa: F401
 from common import (
     UserError,
     append_result,
-    checked,
     format_table,
     load_data_files,
     one_line,
+    only_texts,
     parse_arguments,
     run_main,
 )
@@ -108,7 +108,7 @@ def halves_of(texts: Iterable[str | None], arguments: Arguments) -> list[tuple[s
 def load_halves(arguments: Arguments) -> list[tuple[str, str]]:
     dataset = load_data_files({"validation": arguments.validation_file})["validation"]
     name = " ".join(arguments.validation_file)
-    halves = halves_of(checked(dataset, arguments.text_column, name)[arguments.text_column], arguments)
+    halves = halves_of(only_texts(dataset, arguments.text_column, name)[arguments.text_column], arguments)
     if len(halves) < 2:
         raise UserError(
             f"{name} has {len(halves)} different documents of --min_words {arguments.min_words}; at least 2 are needed"

@@ -32,7 +32,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import RobertaTokenizer
 
-from common import FILE_TYPES, UserError, checked, load_data_files, one_line, parse_arguments, run_main
+from common import FILE_TYPES, UserError, load_data_files, one_line, only_texts, parse_arguments, run_main
 
 
 # Their order is their ids, which are RoBERTa's. <mask> takes the space before it, so that what is predicted in its
@@ -198,7 +198,7 @@ def _suffix(path: str | Path) -> str:
 def load_sources(arguments: Arguments) -> list[Source]:
     column = arguments.text_column
     if arguments.dataset_name is not None:
-        sources = [Source(checked(load_named_dataset(arguments), column, arguments.dataset_name), column, False)]
+        sources = [Source(only_texts(load_named_dataset(arguments), column, arguments.dataset_name), column, False)]
     else:
         sources = []
         # Each file is loaded on its own, because the others' columns may differ; text files have no columns.
@@ -208,7 +208,7 @@ def load_sources(arguments: Arguments) -> list[Source]:
             else:
                 for file in files:
                     dataset = load_data_files({"train": file})["train"]
-                    sources.append(Source(checked(dataset, column, file), column, False))
+                    sources.append(Source(only_texts(dataset, column, file), column, False))
     total = sum(len(source.dataset) for source in sources)
     if arguments.max_train_samples is None or arguments.max_train_samples >= total:
         return sources

@@ -1,19 +1,24 @@
 """The training loop that the scripts share: options, optimizer, steps, evaluations, checkpoints, exact resume."""
 
+import json
 import math
 import shutil
+import signal
+import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, skip_first_batches
-from safetensors.torch import load_model as load_weights
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -21,12 +26,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, SchedulerType
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from checkpointing import find_checkpoint, is_intact, list_checkpoints, load_checkpoint, save_checkpoint
-from common import UserError, one_line
+from common import UserError, one_line, write_aside
 from metrics import LOWER_IS_BETTER
 
 
-# The mean loss over the rows of a batch, with the gradient of the model.
-ComputeLoss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
+Batch = dict[str, Tensor]
+# The mean loss of a batch, with the gradient of the model.
+ComputeLoss = Callable[[nn.Module, Batch], Tensor]
+# Of what it is the mean: so many rows, or so many labels.
+CountOf = Callable[[Batch], int]
 
 
 @dataclass
@@ -74,8 +82,15 @@ class TrainingArguments:
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations in a row that are no better than the best."}
     )
+    eval_steps: int | None = field(
+        default=None, metadata={"help": "Evaluate every so many optimizer steps. Default: each epoch."}
+    )
+    logging_steps: int = field(
+        default=10, metadata={"help": "log.jsonl and trackers get a line, with the mean loss, every so many steps."}
+    )
     checkpointing_steps: str = field(
-        default="epoch", metadata={"help": "A checkpoint is written each epoch, and every N steps too if this is N."}
+        default="epoch",
+        metadata={"help": "A checkpoint is written at evaluations, and every N steps too if this is N."},
     )
     save_total_limit: int = field(
         default=2, metadata={"help": "Keep so many of the newest checkpoints, and the best one."}
@@ -94,7 +109,7 @@ class TrainingArguments:
 # Arguments that a resumed run may change, since they do not change what is learnt.
 FREE_ARGUMENTS = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "checkpointing_steps"}
 FREE_ARGUMENTS |= {"save_total_limit", "with_tracking", "report_to", "run_name", "results_file"}
-FREE_ARGUMENTS |= {"preprocessing_num_workers"}
+FREE_ARGUMENTS |= {"preprocessing_num_workers", "dataloader_num_workers"}
 
 
 @dataclass
@@ -102,7 +117,9 @@ class Progress:
     """Where a run stands: all that a checkpoint keeps beside the states of model, optimizer and schedule."""
 
     step: int = 0
-    epoch_loss: float = 0.0
+    # Sums of losses since the last evaluation and the last line of the log.
+    loss_since_evaluation: float = 0.0
+    loss_since_log: float = 0.0
     tokens: int = 0
     train_seconds: float = 0.0
     seconds: float = 0.0
@@ -116,6 +133,7 @@ def check_arguments(arguments: TrainingArguments) -> None:
     """Refuse numbers that cannot be meant."""
     counts = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length"]
     counts += ["num_train_epochs", "max_train_steps", "save_total_limit", "early_stopping_patience"]
+    counts += ["eval_steps", "logging_steps"]
     for name in [*counts, "pad_to_multiple_of", "preprocessing_num_workers"]:
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(arguments, name)}")
@@ -124,8 +142,11 @@ def check_arguments(arguments: TrainingArguments) -> None:
         raise UserError(f"--checkpointing_steps must be 'epoch' or a number of steps, not {steps!r}")
 
 
-def start_accelerator(arguments: TrainingArguments) -> tuple[Accelerator, Path | None]:
-    """The accelerator, and the checkpoint to go on from. Raises `UserError` for what cannot be begun."""
+def start_accelerator(arguments: TrainingArguments, compiled: bool = False) -> tuple[Accelerator, Path | None]:
+    """The accelerator, which compiles models if it is to, and the checkpoint to go on from.
+
+    Raises `UserError` for what cannot be begun.
+    """
     check_arguments(arguments)
     checkpoint = find_checkpoint(
         Path(arguments.output_dir), arguments.resume_from_checkpoint, arguments.overwrite_output_dir
@@ -133,6 +154,7 @@ def start_accelerator(arguments: TrainingArguments) -> tuple[Accelerator, Path |
     try:
         accelerator = Accelerator(
             mixed_precision=arguments.mixed_precision,
+            dynamo_backend="inductor" if compiled else None,
             log_with=arguments.report_to if arguments.with_tracking else None,
             project_dir=arguments.output_dir,
             step_scheduler_with_optimizer=False,
@@ -153,7 +175,8 @@ def prepare_output_dir(
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:
-            (output_dir / "all_results.json").unlink(missing_ok=True)
+            for name in ("all_results.json", "log.jsonl"):
+                (output_dir / name).unlink(missing_ok=True)
             for old in list_checkpoints(output_dir).values():
                 shutil.rmtree(old)
     if arguments.with_tracking:
@@ -170,36 +193,88 @@ def grouped_by_length(
     return LengthGroupedSampler(rows_of_a_step, lengths=lengths, generator=generator), generator
 
 
+class TrainingData(Protocol):
+    """Where batches come from, so that those from any point on can be had again."""
+
+    # None: there is no end to them.
+    batches_per_epoch: int | None
+
+    def batches(self, epoch: int, skipped: int) -> Iterator[Batch]:
+        """Those of an epoch, from its `skipped`-th on."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this process has to know, beside the number of batches, to go on; JSON."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+
+    def names_of(self, batch: Batch) -> list[str]:
+        """What a person would call what a batch holds."""
+
+
+class Rows:
+    """Rows of a data set whose number is known, in an order that is drawn for each epoch."""
+
+    def __init__(self, accelerator: Accelerator, loader: DataLoader, generator: torch.Generator, seed: int):
+        """generator: that of the loader's sampler"""
+        self.loader, self.generator, self.seed = accelerator.prepare(loader), generator, seed
+        self.batches_per_epoch: int | None = len(self.loader)
+
+    def batches(self, epoch: int, skipped: int) -> Iterator[Batch]:
+        """In an order drawn by the seed and the epoch alone."""
+        self.generator.manual_seed(self.seed + epoch)
+        return iter(skip_first_batches(self.loader, skipped))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the order is drawn again."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to do."""
+
+    def names_of(self, batch: Batch) -> list[str]:
+        """They have no names."""
+        return []
+
+
+class NotFinite(Exception):
+    """A loss or gradient that is no number; the weights are as they were before."""
+
+
 def optimizer_step(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     compute_loss: ComputeLoss,
-    micro_batches: Sequence[dict[str, torch.Tensor]],
+    micro_batches: Sequence[Batch],
     max_grad_norm: float,
-) -> float:
-    """One step down the gradient of the mean loss over all rows of the micro-batches of all processes; returns it.
+    count_of: CountOf = lambda batch: len(batch["input_ids"]),
+) -> tuple[float, float]:
+    """One step down the gradient of the mean loss over the micro-batches of all processes.
 
-    Each micro-batch counts by its rows, so that a step is the same however it is divided, short last batches included.
+    Each micro-batch counts by `count_of`, by default its rows, so that a step is the same however it is divided, short
+    last batches included. Returns the loss and the norm of its gradient. Raises `NotFinite` before anything changes.
     """
-    rows = [len(batch["input_ids"]) for batch in micro_batches]
-    all_rows = accelerator.reduce(torch.tensor(sum(rows), device=accelerator.device), "sum").item()
+    counts = [count_of(batch) for batch in micro_batches]
+    count = accelerator.reduce(torch.tensor(sum(counts), device=accelerator.device), "sum").item()
     loss = torch.zeros((), device=accelerator.device)
     for index, batch in enumerate(micro_batches):
         is_last = index == len(micro_batches) - 1
         with nullcontext() if is_last else accelerator.no_sync(model):
             # The gradients of the processes are averaged, hence their number.
-            part = compute_loss(model, batch) * (rows[index] * accelerator.num_processes / all_rows)
+            part = compute_loss(model, batch) * (counts[index] * accelerator.num_processes / max(count, 1))
             accelerator.backward(part)
         loss += part.detach()
     mean_loss = accelerator.reduce(loss, "mean").item()
-    if not math.isfinite(mean_loss):
-        raise UserError(f"the loss is {mean_loss}: training has diverged; lower --learning_rate or warm up longer")
-    if max_grad_norm > 0:
-        accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+    norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm if max_grad_norm > 0 else math.inf)
+    # Of sharded weights each process has a part.
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    # A scaler expects gradients that overflow: it leaves the step out and scales less.
+    if not math.isfinite(mean_loss) or not (math.isfinite(norm) or accelerator.scaler is not None):
+        raise NotFinite(f"the loss is {mean_loss} and the norm of its gradient {norm}")
     optimizer.step()
     optimizer.zero_grad()
-    return mean_loss
+    return mean_loss, norm
 
 
 def make_optimizer(
@@ -221,94 +296,214 @@ def make_optimizer(
         raise UserError(f"cannot use --lr_scheduler_type {name}: {one_line(error)}") from error
 
 
+class Interruption(AbstractContextManager):
+    """Notes SIGTERM or SIGINT, so that a run can end its step and keep what it has; a second one ends it at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def __enter__(self) -> "Interruption":
+        self.before = {number: signal.signal(number, self.note) for number in self.SIGNALS}
+        return self
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *details: object) -> None:
+        self.restore()
+
+
+class Log:
+    """`log.jsonl`: what was learnt when, without times, so that a resumed run writes the same; and the trackers."""
+
+    def __init__(self, accelerator: Accelerator, path: Path, step: int):
+        """step: lines after it are of a run that went on after the checkpoint, and are written again"""
+        self.accelerator, self.path = accelerator, path
+        if accelerator.is_main_process:
+            lines = path.read_text().splitlines() if step and path.exists() else []
+            # The last line may be half a line.
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            with write_aside(path) as aside:
+                aside.write_text("".join(f"{line}\n" for line in kept))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.accelerator.log(values, step=step)
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step} | values) + "\n")
+
+
+def steps_from(
+    data: TrainingData, step: int, max_steps: int, steps_per_epoch: int, accumulation: int
+) -> Iterator[list[Batch]]:
+    """The micro-batches of each step after `step`."""
+    while step < max_steps:
+        epoch, done = divmod(step, steps_per_epoch)
+        batches = data.batches(epoch, done * accumulation)
+        end = min((epoch + 1) * steps_per_epoch, max_steps)
+        for _ in range(step, end):
+            yield list(islice(batches, accumulation))
+        step = end
+
+
 def train(
     accelerator: Accelerator,
     model: nn.Module,
-    loader: DataLoader,
-    generator: torch.Generator,
+    data: TrainingData,
     compute_loss: ComputeLoss,
     evaluate: Callable[[nn.Module], dict[str, float]],
     arguments: TrainingArguments,
     identity: dict[str, Any],
     checkpoint: Path | None,
-) -> Progress:
-    """Train, evaluate each epoch, keep checkpoints; afterwards `model` has the weights of the best evaluation.
+    count_of: CountOf = lambda batch: len(batch["input_ids"]),
+    peak_tokens_per_second: float | None = None,
+) -> tuple[Progress, nn.Module]:
+    """Train, evaluate each epoch or every `eval_steps`, keep checkpoints.
 
-    generator: that of the loader's sampler, which is seeded for each epoch
     evaluate: takes the model as accelerate has wrapped it, in training mode, and leaves it so
+    count_of: what of a batch `compute_loss` is the mean of
+    peak_tokens_per_second: what the machine would do if it did nothing but multiply, to show how near it comes
+
+    Returns where the run stands, and the wrapped model with the weights of the best evaluation. On SIGTERM and SIGINT
+    a checkpoint is written, and the process exits with 128 and the signal's number.
     """
-    train_loader = accelerator.prepare(loader)
-    steps_per_epoch = math.ceil(len(train_loader) / arguments.gradient_accumulation_steps)
-    max_steps = arguments.max_train_steps or arguments.num_train_epochs * steps_per_epoch
+    accumulation = arguments.gradient_accumulation_steps
+    if data.batches_per_epoch is None:
+        assert arguments.max_train_steps is not None
+        steps_per_epoch = max_steps = arguments.max_train_steps
+    else:
+        steps_per_epoch = math.ceil(data.batches_per_epoch / accumulation)
+        max_steps = arguments.max_train_steps or arguments.num_train_epochs * steps_per_epoch
     wrapped, optimizer, scheduler = accelerator.prepare(model, *make_optimizer(model, arguments, max_steps))
     progress = Progress()
     if checkpoint is not None:
-        progress = Progress(**load_checkpoint(accelerator, checkpoint, identity))
+        loaded, data_state = load_checkpoint(accelerator, checkpoint, identity)
+        progress = Progress(**loaded)
+        data.load_state_dict(data_state)
         accelerator.print(f"resumed from {checkpoint}")
     output_dir = Path(arguments.output_dir)
     best_metric = str(arguments.metric_for_best_model)
     patience = arguments.early_stopping_patience or math.inf
-    save_every = None if arguments.checkpointing_steps == "epoch" else int(arguments.checkpointing_steps)
+    eval_every = arguments.eval_steps or steps_per_epoch
+    save_every = math.inf if arguments.checkpointing_steps == "epoch" else int(arguments.checkpointing_steps)
     started = time.perf_counter() - progress.seconds
+    log = Log(accelerator, output_dir / "log.jsonl", progress.step)
+    durations: deque[float] = deque(maxlen=500)
+
+    def save() -> None:
+        progress.seconds = time.perf_counter() - started
+        kept = asdict(progress), data.state_dict(), identity
+        save_checkpoint(accelerator, output_dir, *kept, arguments.save_total_limit)
 
     bar = tqdm(total=max_steps, initial=progress.step, desc="Training", disable=not accelerator.is_main_process)
     wrapped.train()
-    while progress.step < max_steps and progress.evaluations_since_best < patience:
-        epoch, done = divmod(progress.step, steps_per_epoch)
-        # Rows are ordered by the seed and the epoch alone, dropout drawn by the seed and the step alone: a resumed run
-        # draws what it would have drawn.
-        generator.manual_seed(arguments.seed + epoch)
-        batches = iter(skip_first_batches(train_loader, done * arguments.gradient_accumulation_steps))
-        for _ in range(done, min(steps_per_epoch, max_steps - epoch * steps_per_epoch)):
+    steps = steps_from(data, progress.step, max_steps, steps_per_epoch, accumulation)
+    with Interruption() as interruption:
+        while progress.step < max_steps and progress.evaluations_since_best < patience:
             step_started = time.perf_counter()
-            micro_batches = list(islice(batches, arguments.gradient_accumulation_steps))
-            # After the rows are fetched, since a loader draws a number when it begins.
+            micro_batches = next(steps)
+            # Dropout is drawn by the seed and the step alone: a resumed run draws what it would have drawn. After the
+            # rows are fetched, since a loader draws a number when it begins.
             seeds = np.random.SeedSequence((arguments.seed, progress.step, accelerator.process_index))
             set_seed(int(seeds.generate_state(1)[0]))
-            loss = optimizer_step(
-                accelerator, wrapped, optimizer, compute_loss, micro_batches, arguments.max_grad_norm
-            )
+            try:
+                loss, norm = optimizer_step(
+                    *(accelerator, wrapped, optimizer, compute_loss, micro_batches, arguments.max_grad_norm, count_of)
+                )
+            except NotFinite as error:
+                names = gather_object([name for batch in micro_batches for name in data.names_of(batch)])
+                where = f", on {', '.join(names)}" if names else ""
+                last = max(list_checkpoints(output_dir).values(), key=lambda path: path.stat().st_mtime, default=None)
+                way_on = f"the last checkpoint, {last}, is good; " if last else ""
+                raise UserError(
+                    f"{error} at step {progress.step + 1}{where}: training has diverged, or these rows are amiss; "
+                    f"{way_on}lower --learning_rate, or warm up longer"
+                ) from error
             learning_rate = scheduler.get_last_lr()[0]
             scheduler.step()
-            tokens = sum(batch["attention_mask"].sum() for batch in micro_batches)
-            progress.tokens += int(accelerator.reduce(tokens, "sum"))
+            tokens = torch.stack([batch["attention_mask"].sum() for batch in micro_batches]).sum()
+            # Whoever gets a signal, all processes stop after the same step.
+            sums = torch.stack([tokens, torch.tensor(interruption.signal, device=tokens.device)])
+            tokens, stopped = accelerator.reduce(sums, "sum").tolist()
+            progress.tokens += tokens
             progress.step += 1
-            progress.epoch_loss += loss
-            progress.train_seconds += time.perf_counter() - step_started
-            accelerator.log({"loss": loss, "learning_rate": learning_rate}, step=progress.step)
-            bar.set_postfix({"loss": f"{loss:.4f}", "tokens/s": f"{progress.tokens / progress.train_seconds:,.0f}"})
+            progress.loss_since_evaluation += loss
+            progress.loss_since_log += loss
+            durations.append(time.perf_counter() - step_started)
+            progress.train_seconds += durations[-1]
+            tokens_per_second = tokens / statistics.median(durations)
+            shown = {"loss": f"{loss:.4f}", "tokens/s": f"{tokens_per_second:,.0f}"}
+            if peak_tokens_per_second is not None:
+                shown["MFU"] = f"{tokens_per_second / peak_tokens_per_second:.0%}"
+            bar.set_postfix(shown)
             bar.update()
-            progress.seconds = time.perf_counter() - started
-            if save_every and progress.step % save_every == 0 and progress.step % steps_per_epoch:
-                save_checkpoint(accelerator, output_dir, asdict(progress), identity, arguments.save_total_limit)
+            if progress.step % arguments.logging_steps == 0:
+                mean_loss, progress.loss_since_log = progress.loss_since_log / arguments.logging_steps, 0.0
+                values = {"loss": mean_loss, "learning_rate": learning_rate, "grad_norm": norm}
+                log.write(progress.step, values | {"tokens": progress.tokens})
 
-        values = evaluate(wrapped)
-        value, best = values[best_metric], progress.best_value
-        sign = -1 if best_metric in LOWER_IS_BETTER else 1
-        progress.evaluations_since_best += 1
-        if best is None or math.isnan(best) or sign * value > sign * best:
-            progress.best_step, progress.best_value, progress.evaluations_since_best = progress.step, value, 0
-        steps = progress.step - epoch * steps_per_epoch
-        row = {"epoch": epoch + 1, "step": progress.step, "train_loss": progress.epoch_loss / steps}
-        progress.history.append({**row, **{f"eval_{name}": value for name, value in values.items()}})
-        progress.epoch_loss = 0.0
-        progress.seconds = time.perf_counter() - started
-        accelerator.log(progress.history[-1], step=progress.step)
-        if accelerator.is_main_process:
-            bar.write(f"epoch {epoch + 1}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
-        save_checkpoint(accelerator, output_dir, asdict(progress), identity, arguments.save_total_limit)
+            if progress.step % eval_every == 0 or progress.step == max_steps:
+                evaluated = evaluate(wrapped)
+                value, best = evaluated[best_metric], progress.best_value
+                sign = -1 if best_metric in LOWER_IS_BETTER else 1
+                progress.evaluations_since_best += 1
+                if best is None or math.isnan(best) or sign * value > sign * best:
+                    progress.best_step, progress.best_value, progress.evaluations_since_best = progress.step, value, 0
+                epoch, rest = divmod(progress.step, steps_per_epoch)
+                since = (progress.step - 1) % eval_every + 1
+                row = {
+                    "epoch": epoch if rest == 0 else round(progress.step / steps_per_epoch, 3),
+                    "step": progress.step,
+                    "train_loss": progress.loss_since_evaluation / since,
+                    **{f"eval_{name}": value for name, value in evaluated.items()},
+                }
+                progress.history.append(row)
+                progress.loss_since_evaluation = 0.0
+                log.write(progress.step, row)
+                if accelerator.is_main_process:
+                    when = f"epoch {row['epoch']}" if arguments.eval_steps is None else f"step {progress.step}"
+                    bar.write(f"{when}: " + ", ".join(f"{name} {value:.4f}" for name, value in evaluated.items()))
+                save()
+            elif progress.step % save_every == 0 or stopped:
+                save()
+            if stopped and progress.step < max_steps:
+                bar.close()
+                accelerator.print(
+                    f"stopped by a signal after step {progress.step}; --resume_from_checkpoint last goes on"
+                )
+                raise SystemExit(128 + (interruption.signal or signal.SIGTERM))
     bar.close()
 
     if progress.best_step != progress.step:
         best_checkpoint = output_dir / f"checkpoint-{progress.best_step}"
         if not is_intact(best_checkpoint):
             raise UserError(f"{best_checkpoint}, the best one, is damaged: resume from one before it, or begin again")
-        load_weights(model, best_checkpoint / "model.safetensors")
-    return progress
+        accelerator.load_state(str(best_checkpoint))
+    return progress, wrapped
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output_dir: Path) -> None:
-    """Save model, code and tokenizer to a folder beside, then move the files into place."""
+def save_model(
+    accelerator: Accelerator, wrapped: nn.Module, tokenizer: PreTrainedTokenizerBase, output_dir: Path
+) -> None:
+    """Save model, code and tokenizer to a folder beside, then move the files into place. All processes call it."""
+    weights = accelerator.get_state_dict(wrapped)
+    if not accelerator.is_main_process:
+        return
+    parts = accelerator.unwrap_model(wrapped, keep_torch_compile=False)
+    # FSDP makes a class of its own of a model's, and keeps weights in parts: they are put together in a model as new.
+    model_class = next(kind for kind in type(parts).__mro__ if not kind.__module__.startswith("torch."))
+    assert issubclass(model_class, PreTrainedModel)
+    with torch.device("meta"):
+        model = model_class(parts.config)  # type: ignore[arg-type]
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
     aside = output_dir / ".model.partial"
     shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside)

@@ -15,6 +15,7 @@ import torch
 import benchmark
 import benchmark_models
 import benchmark_worker
+import operations
 from benchmark_models import BUILDERS, PACKAGES, Cell, build_model
 from benchmark_plan import Planned, cells_of_length, parse_entry, plan_cell
 from common import UserError
@@ -47,12 +48,12 @@ def installed(model: str) -> None:
         pytest.importorskip(PACKAGES[model].replace("-", "_"))
 
 
-def operations(cell: Cell) -> int:
+def operations_of(cell: Cell) -> int:
     """As the worker counts them, in this process."""
     torch.manual_seed(0)
     model = build_model(cell).requires_grad_(cell.mode == "training")
     step = benchmark_worker.make_step(model, benchmark_worker.make_inputs(cell), cell)
-    return benchmark_worker.count_operations(step)
+    return operations.count_operations(step)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def column(tmp_path_factory):
     models = ["linear", "roberta_sdpa", "mean_pool:dtype=bfloat16", "roberta_eager"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark.Worker, "run", noted)
-        patch.setattr(benchmark, "PRODUCTS", [(256, 256, 256)])
+        patch.setattr(operations, "PRODUCTS", [(256, 256, 256)])
         argv = ["--lengths", "128", "--models", *models, "--projected_lengths", "16", "129", "--repeats", "3"]
         benchmark.main([*argv, *QUICK, *SIZE_OPTIONS, "--results_file", str(results)])
     with results.open(newline="", encoding="utf-8") as file:
@@ -90,7 +91,7 @@ def test_a_row_says_what_was_measured(column):
     assert (row["sequence_length"], row["batch_size"], row["repeats"], row["dtype"]) == ("128", "2", "3", "float32")
     assert float(row["seconds_min"]) <= float(row["seconds_median"]) <= float(row["seconds_max"])
     assert float(row["tokens_per_second"]) == pytest.approx(256 / float(row["seconds_median"]), rel=1e-4)
-    assert float(row["gflop"]) * 1e9 == pytest.approx(operations(tiny_cell("linear")), rel=1e-5)
+    assert float(row["gflop"]) * 1e9 == pytest.approx(operations_of(tiny_cell("linear")), rel=1e-5)
     rate = float(row["gflop"]) / float(row["seconds_median"])
     assert float(row["fraction_of_peak"]) == pytest.approx(rate / float(row["peak_gflops"]), rel=1e-4)
     assert int(row["parameters"]) == sum(weight.numel() for weight in build_model(tiny_cell("linear")).parameters())
@@ -209,7 +210,7 @@ def test_operations_of_full_attention(model):
     B, n, D, L = cell.batch_size, cell.sequence_length, cell.hidden_size, cell.num_hidden_layers
     N = B * n
     pooler = 2 * B * D * D
-    assert operations(cell) == L * (24 * N * D**2 + 4 * N * n * D) + pooler
+    assert operations_of(cell) == L * (24 * N * D**2 + 4 * N * n * D) + pooler
 
 
 @pytest.mark.parametrize("model", ["linear", "mean_pool", "convolution", "random"])
@@ -220,7 +221,7 @@ def test_operations_of_a_linformer(model):
     # Means are taken without a matrix product.
     projection = 0 if model == "mean_pool" else 2 * N * k * D
     layer = 20 * N * D**2 + projection + 4 * B * k * D**2 + 4 * N * k * D
-    assert operations(cell) == L * layer + 2 * B * D * D
+    assert operations_of(cell) == L * layer + 2 * B * D * D
 
 
 def test_operations_of_training():
@@ -230,7 +231,7 @@ def test_operations_of_training():
     N = B * n
     # The pooler is not part of the loss, and so has no backward pass.
     expected = L * (3 * 24 * N * D**2 + (4 + 10) * N * n * D) + 2 * B * D * D
-    assert operations(cell) == expected
+    assert operations_of(cell) == expected
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory of a CPU needs Linux")
@@ -267,9 +268,9 @@ def test_every_family_reads_and_learns(model):
 def test_the_peak_is_the_best_product(monkeypatch):
     clock = iter(range(1000))
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(benchmark, "PRODUCTS", [(4, 5, 6), (8, 9, 10), (2, 3, 4)])
+    monkeypatch.setattr(operations, "PRODUCTS", [(4, 5, 6), (8, 9, 10), (2, 3, 4)])
     # Every product takes one second by this clock, so that the largest has the highest rate.
-    assert benchmark.measure_peak("cpu", torch.float32, torch.get_num_threads()) == 2 * 8 * 9 * 10
+    assert operations.measure_peak("cpu", torch.float32) == 2 * 8 * 9 * 10
 
 
 def test_modernbert_has_as_many_feed_forward_parameters():
@@ -299,14 +300,14 @@ def test_sparse_prediction_is_the_same_loss_for_less():
         cell = tiny_cell("mean_pool", head="masked_lm", mode="training", options={"sparse_prediction": sparse})
         torch.manual_seed(0)
         losses.append(build_model(cell)(**benchmark_worker.make_inputs(cell)).loss)
-        counts.append(operations(cell))
+        counts.append(operations_of(cell))
     assert torch.allclose(*losses) and counts[1] < counts[0]
 
 
 def test_half_precision():
     cell = tiny_cell("linear", dtype="bfloat16", device="cpu")
     known, _ = benchmark_worker.prepare(replace(cell, num_threads=torch.get_num_threads()))
-    assert known["operations"] == operations(tiny_cell("linear"))
+    assert known["operations"] == operations_of(tiny_cell("linear"))
 
 
 def test_the_worker_alone_answers_every_line_and_prints_nothing_else():

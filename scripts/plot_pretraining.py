@@ -1,0 +1,83 @@
+"""Draw held-out perplexity against the tokens seen, from the CSV of scripts/pretrain.py (the paper's Figure 3).
+
+    python scripts/plot_pretraining.py       # results/pretraining.csv -> results/figures/pretraining.png
+
+Runs of one length and one number of steps are in one panel, seeds as their mean.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+
+from common import ROOT, UserError, parse_arguments, run_main, write_aside
+from make_tables import read_rows
+from pretraining_table import Row, describe
+
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot  # noqa: E402
+
+
+@dataclass
+class Arguments:
+    """What is drawn, and where."""
+
+    results_file: str = field(
+        default=str(ROOT / "results" / "pretraining.csv"), metadata={"help": "The CSV of scripts/pretrain.py."}
+    )
+    output_file: str = field(
+        default=str(ROOT / "results" / "figures" / "pretraining.png"), metadata={"help": "The figure, a .png."}
+    )
+
+
+def curves(rows: list[Row]) -> dict[tuple[int, int], dict[str, dict[int, float]]]:
+    """By length and last step: of each model the mean perplexity of its seeds by the tokens seen."""
+    last_step = {row["command"]: int(row["step"]) for row in rows}
+    values: dict[tuple[int, int], dict[str, dict[int, list[float]]]] = {}
+    for row in rows:
+        panel = values.setdefault((int(row["max_length"]), last_step[row["command"]]), {})
+        points = panel.setdefault(describe(row), {})
+        points.setdefault(int(row["tokens"]), []).append(float(row["validation_perplexity"]))
+    return {
+        panel: {
+            name: {tokens: statistics.mean(perplexities) for tokens, perplexities in points.items()}
+            for name, points in models.items()
+        }
+        for panel, models in values.items()
+    }
+
+
+def draw(rows: list[Row]) -> pyplot.Figure:
+    """A panel for each length and number of steps; the twin is dashed and black."""
+    panels = sorted(curves(rows).items())
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.5), squeeze=False)
+    for axis, ((length, _), models) in zip(axes[0], panels):
+        for name, points in models.items():
+            style = {"color": "black", "linestyle": "--"} if name.startswith("RoBERTa") else {}
+            axis.plot([tokens / 1e6 for tokens in points], list(points.values()), marker=".", label=name, **style)
+        axis.set(xlabel="million tokens seen", ylabel="perplexity on held-out books", yscale="log")
+        axis.set_title(f"n = {length:,}")
+        axis.grid(True, which="both", alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (arguments,) = parse_arguments((Arguments,), argv, description=__doc__)
+    rows = read_rows(Path(arguments.results_file))
+    if not rows:
+        raise UserError(f"{arguments.results_file} has no rows to draw")
+    figure = draw(rows)
+    with write_aside(arguments.output_file) as aside:
+        figure.savefig(aside, format="png", dpi=150)
+    pyplot.close(figure)
+    print(f"wrote {arguments.output_file}")
+
+
+if __name__ == "__main__":
+    run_main(main)

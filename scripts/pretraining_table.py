@@ -1,0 +1,61 @@
+"""The table of results/pretraining.csv, for scripts/make_tables.py: perplexities beside the softmax twin's."""
+
+import statistics
+
+from make_tables import spread
+
+
+Row = dict[str, str]
+
+
+def last_rows(rows: list[Row]) -> list[Row]:
+    """Of each run the evaluation after its last step."""
+    last: dict[str, Row] = {}
+    for row in rows:
+        last[row["command"]] = row
+    return list(last.values())
+
+
+def describe(row: Row) -> str:
+    """What a model is, in words."""
+    if row["model"] == "roberta":
+        return "RoBERTa, the softmax twin"
+    name = row["projection_type"]
+    if name in ("linear", "random", "convolution"):
+        name += f", {row['projection_sharing']}"
+    if row["projection_init"] == "segment_mean":
+        name += ", from segment means"
+    return f"{name}, k = {row['projected_length']}" + (
+        f", w = {row['local_window']}" if int(row["local_window"]) else ""
+    )
+
+
+def pretraining_table(rows: list[Row]) -> list[str]:
+    """A line for each model, length and number of tokens, its seeds together, beside the same seeds of the twin."""
+    groups: dict[tuple[str, str, str, str], dict[str, Row]] = {}
+    for row in last_rows(rows):
+        key = (row["max_length"], row["step"], describe(row), row["learning_rate"])
+        groups.setdefault(key, {})[row["seed"]] = row
+    twins = {(key[0], key[1]): group for key, group in groups.items() if key[2].startswith("RoBERTa")}
+    header = ["n", "tokens", "model", "parameters", "seeds", "perplexity", "beside the twin"]
+    lines = [header, ["---"] * len(header)]
+    for (length, step, name, _), group in sorted(groups.items(), key=lambda item: (int(item[0][0]), int(item[0][1]))):
+        one = next(iter(group.values()))
+        twin = twins.get((length, step), {})
+        ratios = [
+            float(row["validation_perplexity"]) / float(twin[seed]["validation_perplexity"]) - 1
+            for seed, row in group.items()
+            if seed in twin
+        ]
+        lines.append(
+            [
+                f"{int(length):,}",
+                f"{int(one['tokens']) / 1e6:.1f} M",
+                name,
+                f"{int(one['parameters']) / 1e6:.1f} M",
+                str(len(group)),
+                spread([float(row["validation_perplexity"]) for row in group.values()], digits=1),
+                "" if group is twin or not ratios else f"{statistics.mean(ratios):+.1%}",
+            ]
+        )
+    return [f"| {' | '.join(cells)} |" for cells in lines]
