@@ -23,8 +23,8 @@ pretrain() { # name, overrides, further options
         if grep -qs -e "--run_name $name --seed $seed --max_train_steps $steps " "$results"; then continue; fi
         .venv/bin/python scripts/pretrain.py --run_name "$name" --seed "$seed" --max_train_steps "$steps" \
             --config_name configs/small.json --config_overrides "$none${2:+,$2}" --train_file "$data/gutenberg/train.parquet" \
-            --validation_file "$data/gutenberg/validation.parquet" --learning_rate 1e-3 --eval_steps $((steps / 8)) \
-            --checkpointing_steps 250 --mixed_precision bf16 --output_dir "output/pretraining/$name-$seed-$steps" \
+            --validation_file "$data/gutenberg/validation.parquet" --learning_rate 1e-3 --eval_steps $((steps / 4)) \
+            --checkpointing_steps 200 --mixed_precision bf16 --output_dir "output/pretraining/$name-$seed-$steps" \
             --resume_from_checkpoint last --results_file "$results" "${@:3}"
     done
 }
