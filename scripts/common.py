@@ -1,6 +1,7 @@
 """What the scripts share: arguments from options or a file, errors a user can mend, data sets, result rows."""
 
 import csv
+import errno
 import glob
 import hashlib
 import json
@@ -56,11 +57,16 @@ class UserError(Exception):
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:
-    """Run a script's `main` and exit: 0 done, 2 with one line on stderr for a `UserError`, 1 with a traceback."""
+    """Run a script's `main` and exit: 0 done, 1 with a traceback, 2 with one line for a `UserError` or a full disk."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: {one_line(error)}; make room and begin again, or go on where it can resume", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
 

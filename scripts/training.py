@@ -7,6 +7,7 @@ import shutil
 import signal
 import statistics
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -319,13 +320,14 @@ def make_optimizer(
 class Interruption(AbstractContextManager):
     """Notes SIGTERM or SIGINT, so that a run can end its step and keep what it has; a second one ends it at once."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
     def __init__(self) -> None:
         self.signal = 0
+        self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
-        self.before = {number: signal.signal(number, self.note) for number in self.SIGNALS}
+        # Python takes signals in its first thread only.
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def note(self, number: int, frame: FrameType | None) -> None:
@@ -498,6 +500,7 @@ def train(
                 accelerator.print(
                     f"stopped by a signal after step {progress.step}; --resume_from_checkpoint last goes on"
                 )
+                accelerator.end_training()
                 raise SystemExit(128 + (interruption.signal or signal.SIGTERM))
     bar.close()
 
