@@ -93,4 +93,7 @@ few="--max_train_samples 640"
     distill slots distilled $few --learning_rate 2e-4
 }
 distill slots distilled_slots --trainable long_only --learning_rate 1e-3 --max_train_samples 5120
+# It starts from what the run before it left, which is made again where only the rows are there.
+[[ -d output/distilled_slots ]] || results="" distill slots distilled_slots --trainable long_only --learning_rate 1e-3 \
+    --max_train_samples 5120
 distill distilled_slots distilled_all --learning_rate 1e-4 --max_train_samples 2560

@@ -43,4 +43,6 @@ def how_taught(row: dict[str, str]) -> str:
     if row["experiment"] == "convert":
         return "no"
     what = {"all": "everything", "long_only": "slots only" if row["slot_projections"] == "True" else "E only"}
-    return f"{what[row['trainable']]}, {int(row['train_tokens']) / 1e6:.1f} M tokens, lr {row['learning_rate']}"
+    # A student that had been taught before.
+    more = "after that, " if "--model_name_or_path output/distilled" in row["command"] else ""
+    return f"{more}{what[row['trainable']]}, {int(row['train_tokens']) / 1e6:.1f} M tokens, lr {row['learning_rate']}"
