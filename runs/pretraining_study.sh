@@ -34,6 +34,8 @@ pretrain linear_128 ""
 pretrain mean_128_window_32 projection_type=mean_pool,local_window=32
 pretrain mean_128 projection_type=mean_pool
 pretrain mean_64_window_32 projection_type=mean_pool,projected_length=64,local_window=32
+# A single slot tells a token next to nothing of its context: what is above this is what attention is worth.
+pretrain linear_1 projected_length=1
 pretrain linear_128_segments projection_init=segment_mean
 pretrain linear_32 projected_length=32
 pretrain linear_256 projected_length=256

@@ -42,6 +42,14 @@ def is_intact(checkpoint: Path) -> bool:
         return False
 
 
+def _best_step(checkpoint: Path) -> int | None:
+    """The step that a checkpoint calls the best; None if it knows of none, or cannot be read."""
+    try:
+        return json.loads((checkpoint / "progress.json").read_text())["best_step"]
+    except (OSError, ValueError):
+        return None
+
+
 def save_checkpoint(
     accelerator: Accelerator,
     output_dir: Path,
@@ -79,7 +87,7 @@ def save_checkpoint(
         # Later ones are there only if this run went back to an earlier one; they are replaced as it gets there.
         past = {step: path for step, path in list_checkpoints(output_dir).items() if step <= progress["step"]}
         newest = list(past)[-limit:]
-        best = {json.loads((past[step] / "progress.json").read_text())["best_step"] for step in newest}
+        best = {_best_step(past[step]) for step in newest}
         for step in past.keys() - {*newest, *best}:
             shutil.rmtree(past[step])
     accelerator.wait_for_everyone()

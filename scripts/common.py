@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -100,6 +101,8 @@ def parse_arguments(
     `positional`, a name and its help, allows any number of plain arguments too; the list of them is returned last.
     `kwargs` go to the parser, e.g. `description=__doc__`.
     """
+    # Results are of the code as it was when a script began.
+    commit()
     dataclass_types = list(dataclass_types)
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and Path(argv[0]).suffix in (".json", ".yaml", ".yml"):
@@ -264,7 +267,12 @@ def load_texts(arguments: TextArguments, split: str | None = None, streaming: bo
             raise UserError(f"cannot load {name}: {one_line(error.__cause__ or error)}") from error
     if streaming:
         # What a stream holds is known once its first row is read.
-        dataset = dataset._resolve_features() if dataset.features is None else dataset
+        try:
+            dataset = dataset._resolve_features() if dataset.features is None else dataset
+        except StopIteration as error:
+            raise UserError(f"{name} holds no rows") from error
+        except (DatasetsError, OSError, EOFError, ValueError) as error:
+            raise UserError(f"cannot read the stream of {name}: {one_line(error)}") from error
     return only_texts(dataset, arguments.text_column, name)
 
 
@@ -435,6 +443,20 @@ def write_json(path: str | Path, value: Any) -> None:
         aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+@cache
+def commit() -> str:
+    """The commit of the code that runs; `-dirty` where files of it differ from that. Known from the first call on."""
+
+    def git(*command: str) -> str:
+        try:
+            return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        except OSError:
+            return ""
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.sh", "*.json", "*.yaml")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+
+
 def hardware() -> str:
     """The device and the number of cores, e.g. `Intel(R) Xeon(R) Platinum 8481C, 2 cores`."""
     if torch.cuda.is_available():
@@ -460,10 +482,9 @@ def append_results(
     Columns the file lacks are added to it, earlier rows staying empty there. Several runs may append at once.
     """
     path = Path(path)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     script = Path(sys.argv[0]).name
     made = {
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "hardware": hardware(),
         "torch": torch.__version__,

@@ -56,10 +56,11 @@ from fidelity import describe, draw_rows, length_buckets, measure_fidelity, prin
 from hf_linformer import LinformerConfig
 from teacher import encoder_of, states_of_windows
 from training import (
-    FREE_ARGUMENTS,
     Rows,
+    RowTrainingArguments,
     TrainingArguments,
     grouped_by_length,
+    identity_of,
     prepare_output_dir,
     save_model,
     start_accelerator,
@@ -101,7 +102,7 @@ class DistillationArguments:
 
 
 @dataclass
-class LoopArguments(TrainingArguments):
+class LoopArguments(RowTrainingArguments):
     """How it is trained, and what is written."""
 
     run_name: str = field(default="distill", metadata={"help": "The run's name in trackers."})
@@ -407,8 +408,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if loop.metric_for_best_model not in before:
         raise UserError(f"--metric_for_best_model {loop.metric_for_best_model} is not one of {list(before)}")
     all_arguments = {**asdict(arguments), **asdict(texts), **asdict(loop)}
-    identity = {name: value for name, value in all_arguments.items() if name not in FREE_ARGUMENTS}
-    identity |= {"processes": accelerator.num_processes, "training tokens": sum(pieces["length"])}
+    identity = identity_of(accelerator, all_arguments) | {"training tokens": sum(pieces["length"])}
     prepare_output_dir(accelerator, loop, identity, checkpoint)
     data = Rows(accelerator, loader, generator, loop.seed)
     progress, wrapped = train(accelerator, pair.student, data, compute_loss, evaluate, loop, identity, checkpoint)

@@ -46,13 +46,14 @@ from common import (
     run_main,
     write_json,
 )
-from loading import ModelArguments, load_config_and_tokenizer
+from loading import ModelArguments, load_config_and_tokenizer, longest_input
 from metrics import ComputeMetrics, choose_metrics
 from training import (
-    FREE_ARGUMENTS,
     Rows,
+    RowTrainingArguments,
     TrainingArguments,
     grouped_by_length,
+    identity_of,
     prepare_output_dir,
     save_model,
     start_accelerator,
@@ -71,7 +72,7 @@ class ClassifierArguments(ModelArguments):
 
 
 @dataclass
-class FinetuningArguments(TrainingArguments):
+class FinetuningArguments(RowTrainingArguments):
     """How it is trained, and what is written."""
 
     run_name: str = field(default="finetune", metadata={"help": "The run's name in trackers and --results_file."})
@@ -132,13 +133,9 @@ def load_model(
     return model, tokenizer
 
 
-def choose_max_length(arguments: TrainingArguments, model: PreTrainedModel) -> int:
+def choose_max_length(arguments: RowTrainingArguments, model: PreTrainedModel) -> int:
     """`--max_length`, or all that the model can take."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    for name, module in model.named_modules():
-        # RoBERTa and its kin count positions from pad_token_id + 1.
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            limit = module.num_embeddings - module.padding_idx - 1
+    limit = longest_input(model)
     max_length = arguments.max_length or limit
     if max_length is None:
         raise UserError(f"a {model.config.model_type} model sets no limit to the length; give --max_length")
@@ -266,8 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     loaders, generator = make_loaders(tokenized, tokenizer, arguments, accelerator.num_processes)
 
     all_arguments = {**asdict(data_arguments), **asdict(model_arguments), **asdict(arguments)}
-    identity = {name: value for name, value in all_arguments.items() if name not in FREE_ARGUMENTS}
-    identity |= {"processes": accelerator.num_processes, "training tokens": sum(tokenized["train"]["length"])}
+    identity = identity_of(accelerator, all_arguments) | {"training tokens": sum(tokenized["train"]["length"])}
     prepare_output_dir(accelerator, arguments, identity, checkpoint)
     eval_loader = accelerator.prepare(loaders["validation"])
     progress, wrapped = train(

@@ -18,14 +18,14 @@ def measure_peak(
 ) -> float:
     """The most floating-point operations a second that torch reaches in a matrix product, the best of several."""
     best = 0.0
+    synchronize = (lambda: None) if device == "cpu" else torch.accelerator.synchronize
     for rows, inner, columns in products or (PRODUCTS_OF_CUDA if device == "cuda" else PRODUCTS):
         left = torch.randn(rows, inner, device=device).to(dtype)
         right = torch.randn(inner, columns, device=device).to(dtype)
         for _ in range(repeats + 1):
             started = time.perf_counter()
             torch.matmul(left, right)
-            if device == "cuda":
-                torch.cuda.synchronize()
+            synchronize()
             best = max(best, 2 * rows * inner * columns / (time.perf_counter() - started))
     return best
 

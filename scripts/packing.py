@@ -1,27 +1,29 @@
-"""Plain texts as blocks of n tokens without waste, masked anew each epoch (RoBERTa's FULL-SENTENCES).
+"""Plain texts as blocks of n tokens without waste, masked anew each epoch.
 
 Documents are tokenized, joined with a separator after each, and cut into blocks of n tokens, the first and last of
 which are the special tokens that the model expects around a text. A block begins where the one before it ended,
-whatever document that was in.
+whatever document or sentence that was in (RoBERTa's FULL-SENTENCES, without looking for the ends of sentences).
 
 What is masked in a block is drawn by the seed, the epoch and the block alone: the same for every model, every number
-of processes and every resumed run.
+of processes and every resumed run. Streams are the exception: each process, and each worker that reads ahead, has its
+own part of the documents, packs it by itself, and has blocks of its own.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-import pyarrow.compute
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
+from datasets.exceptions import DatasetsError
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
-from common import UserError
+from common import UserError, one_line
 from training import Batch, Rows
 
 
@@ -30,11 +32,10 @@ EVALUATION_SEED = 0
 
 
 class Frame(NamedTuple):
-    """The special tokens around a block and between documents."""
+    """The special tokens around a block; the last one also stands after each document."""
 
     first: int
     last: int
-    separator: int
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Frame":
@@ -46,7 +47,7 @@ class Frame(NamedTuple):
                 "the tokenizer must have a mask token and special tokens around a text, as BERT's and RoBERTa's have; "
                 f"it has {tokenizer.special_tokens_map}"
             )
-        return cls(first, last, tokenizer.sep_token_id or last)
+        return cls(first, last)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -58,13 +59,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
 def tokenize_documents(
     texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, num_workers: int | None, description: str
 ) -> datasets.Dataset:
-    """One column of texts to `input_ids` and `document`, the number of its row; empty ones are left out. Cached."""
+    """One column of texts to `input_ids`, `length` and `document`, its number; empty ones are left out. Cached."""
     (column,) = texts.column_names
 
     def tokenize(batch: dict[str, list[str | None]], rows: list[int]) -> dict[str, list[Any]]:
         kept = [(row, text) for row, text in zip(rows, batch[column]) if text and text.strip()]
+        input_ids = encode(tokenizer, [text for _, text in kept]) if kept else []
         return {
-            "input_ids": encode(tokenizer, [text for _, text in kept]) if kept else [],
+            "input_ids": input_ids,
+            "length": [len(ids) for ids in input_ids],
             "document": [row for row, _ in kept],
         }
 
@@ -77,7 +80,11 @@ def tokenize_documents(
         writer_batch_size=64,
         remove_columns=texts.column_names,
         features=datasets.Features(
-            {"input_ids": datasets.List(datasets.Value("int32")), "document": datasets.Value("int64")}
+            {
+                "input_ids": datasets.List(datasets.Value("int32")),
+                "length": datasets.Value("int64"),
+                "document": datasets.Value("int64"),
+            }
         ),
         num_proc=num_workers,
         desc=description,
@@ -91,9 +98,8 @@ class PackedBlocks(Dataset):
         """documents: of `tokenize_documents`"""
         self.documents = documents.with_format("numpy")
         self.frame, self.room, self.epoch = frame, block_length - 2, 0
-        lengths = pyarrow.compute.list_value_length(documents.data.column("input_ids")).to_numpy()
         # Where each document, with its separator, ends in the whole.
-        self.ends = np.cumsum(lengths.astype(np.int64) + 1)
+        self.ends = np.cumsum(np.asarray(documents["length"][:], dtype=np.int64) + 1)
 
     @property
     def num_tokens(self) -> int:
@@ -110,7 +116,7 @@ class PackedBlocks(Dataset):
         while start < stop:
             document = self.documents[row]
             begin = self.ends[row - 1] if row else 0
-            pieces.append(np.append(document["input_ids"], self.frame.separator)[start - begin : stop - begin])
+            pieces.append(np.append(document["input_ids"], self.frame.last)[start - begin : stop - begin])
             names.append(int(document["document"]))
             start += len(pieces[-1])
             row += 1
@@ -156,10 +162,14 @@ class BlockStream(IterableDataset):
         first = self.state["next_document"]
         any_text = first > 0
         while True:
-            for number, row in enumerate(self.documents, start=first):
-                if row[self.column] and row[self.column].strip():
-                    any_text = True
-                    yield number, row[self.column]
+            number = first
+            try:
+                for number, row in enumerate(self.documents, start=first):
+                    if row[self.column] and row[self.column].strip():
+                        any_text = True
+                        yield number, row[self.column]
+            except (DatasetsError, OSError, EOFError, ValueError) as error:
+                raise UserError(f"cannot read the stream after document {number}: {one_line(error)}") from error
             if not any_text:
                 raise UserError("there is no text in the stream of documents")
             first, any_text = 0, False
@@ -175,7 +185,7 @@ class BlockStream(IterableDataset):
             next_document = state["next_document"]
             while len(tokens) < self.window * self.room:
                 number, text = next(texts)
-                ids = [*encode(self.tokenizer, [text])[0], self.frame.separator]
+                ids = [*encode(self.tokenizer, [text])[0], self.frame.last]
                 tokens += ids
                 owners += [number] * len(ids)
                 next_document = number + 1
@@ -212,7 +222,8 @@ class MaskingCollator:
         for block in blocks:
             drawn = np.random.SeedSequence((self.seed, *block["key"])).generate_state(1, np.uint64)[0]
             self.masking.generator = torch.Generator().manual_seed(int(drawn >> np.uint64(1)))
-            input_ids = torch.as_tensor(block["input_ids"], dtype=torch.int64)[None]
+            # A copy, since tokens are masked in place.
+            input_ids = torch.tensor(block["input_ids"], dtype=torch.int64)[None]
             masked.append(self.masking.torch_mask_tokens(input_ids, torch.isin(input_ids, self.special)))
         input_ids, labels = (torch.cat(parts) for parts in zip(*masked))
         return {
@@ -236,10 +247,15 @@ class Shuffled(Sampler):
         return iter(torch.randperm(self.length, generator=self.generator).tolist())
 
 
-def names_of(batch: Batch) -> list[str]:
+def documents_of(batch: Batch) -> list[str]:
     """The documents that the blocks of a batch come from."""
     spans = batch["documents"].tolist()
     return [f"document {first}" if first == last else f"documents {first} to {last}" for first, last in spans]
+
+
+def leave_group(worker: int) -> None:
+    """Out of the processes that Ctrl-C reaches: a run ends its step first, and needs those that read ahead for it."""
+    os.setpgid(0, 0)
 
 
 class Blocks(Rows):
@@ -248,7 +264,8 @@ class Blocks(Rows):
     def __init__(self, accelerator: Accelerator, blocks: PackedBlocks, collate: MaskingCollator, **options: Any):
         """options: of the loader"""
         generator = torch.Generator()
-        loader = DataLoader(blocks, sampler=Shuffled(len(blocks), generator), collate_fn=collate, **options)
+        options |= {"collate_fn": collate, "worker_init_fn": leave_group if hasattr(os, "setpgid") else None}
+        loader = DataLoader(blocks, sampler=Shuffled(len(blocks), generator), **options)
         super().__init__(accelerator, loader, generator, collate.seed)
         self.blocks = blocks
 
@@ -257,9 +274,7 @@ class Blocks(Rows):
         self.blocks.epoch = epoch
         return super().batches(epoch, skipped)
 
-    def names_of(self, batch: Batch) -> list[str]:
-        """The documents that the blocks come from."""
-        return names_of(batch)
+    names_of = staticmethod(documents_of)
 
 
 class StreamedBlocks:
@@ -270,13 +285,18 @@ class StreamedBlocks:
     def __init__(self, accelerator: Accelerator, stream: BlockStream, collate: MaskingCollator, **options: Any):
         """options: of the loader"""
         # Not through accelerate, which keeps the state of one process only.
-        self.loader = StatefulDataLoader(stream, collate_fn=collate, **options)
+        options |= {"collate_fn": collate, "worker_init_fn": leave_group if hasattr(os, "setpgid") else None}
+        self.loader = StatefulDataLoader(stream, **options)
         self.device = accelerator.device
 
     def batches(self, epoch: int, skipped: int) -> Iterator[Batch]:
         """From where the state says."""
-        for batch in self.loader:
-            yield send_to_device(batch, self.device)
+        try:
+            for batch in self.loader:
+                yield send_to_device(batch, self.device)
+        except UserError as error:
+            # That of a worker has a traceback for a message, at the end of which is what it said.
+            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
 
     def state_dict(self) -> dict[str, Any]:
         """Of the loader, and of the stream in each of its workers."""
@@ -286,6 +306,4 @@ class StreamedBlocks:
         """Go on there."""
         self.loader.load_state_dict(state)
 
-    def names_of(self, batch: Batch) -> list[str]:
-        """The documents that the blocks come from."""
-        return names_of(batch)
+    names_of = staticmethod(documents_of)

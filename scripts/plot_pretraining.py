@@ -2,7 +2,7 @@
 
     python scripts/plot_pretraining.py       # results/pretraining.csv -> results/figures/pretraining.png
 
-Runs of one length and one number of steps are in one panel, seeds as their mean.
+Runs of one length, one number of steps and one learning rate are in one panel, seeds as their mean.
 """
 
 import statistics
@@ -34,12 +34,16 @@ class Arguments:
     )
 
 
-def curves(rows: list[Row]) -> dict[tuple[int, int], dict[str, dict[int, float]]]:
-    """By length and last step: of each model the mean perplexity of its seeds by the tokens seen."""
+Panel = tuple[int, int, float]
+
+
+def curves(rows: list[Row]) -> dict[Panel, dict[str, dict[int, float]]]:
+    """By length, last step and learning rate: of each model the mean perplexity of its seeds by the tokens seen."""
     last_step = {row["command"]: int(row["step"]) for row in rows}
-    values: dict[tuple[int, int], dict[str, dict[int, list[float]]]] = {}
+    values: dict[Panel, dict[str, dict[int, list[float]]]] = {}
     for row in rows:
-        panel = values.setdefault((int(row["max_length"]), last_step[row["command"]]), {})
+        where = int(row["max_length"]), last_step[row["command"]], float(row["learning_rate"])
+        panel = values.setdefault(where, {})
         points = panel.setdefault(describe(row), {})
         points.setdefault(int(row["tokens"]), []).append(float(row["validation_perplexity"]))
     return {
@@ -52,15 +56,15 @@ def curves(rows: list[Row]) -> dict[tuple[int, int], dict[str, dict[int, float]]
 
 
 def draw(rows: list[Row]) -> pyplot.Figure:
-    """A panel for each length and number of steps; the twin is dashed and black."""
+    """A panel for each length, number of steps and learning rate; the twin is dashed and black."""
     panels = sorted(curves(rows).items())
     figure, axes = pyplot.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.5), squeeze=False)
-    for axis, ((length, _), models) in zip(axes[0], panels):
+    for axis, ((length, _, rate), models) in zip(axes[0], panels):
         for name, points in models.items():
             style = {"color": "black", "linestyle": "--"} if name.startswith("RoBERTa") else {}
             axis.plot([tokens / 1e6 for tokens in points], list(points.values()), marker=".", label=name, **style)
         axis.set(xlabel="million tokens seen", ylabel="perplexity on held-out books", yscale="log")
-        axis.set_title(f"n = {length:,}")
+        axis.set_title(f"n = {length:,}, learning rate {rate:g}")
         axis.grid(True, which="both", alpha=0.3)
         axis.legend(fontsize=8)
     figure.tight_layout()

@@ -3,7 +3,7 @@
     python scripts/pretrain.py --config_name configs/small.json --train_file notes/*.txt --sample_by document \\
         --max_train_steps 2000 --output_dir output/mine
     python scripts/pretrain.py --config_name configs/base.json --dataset_name allenai/c4 --dataset_config_name en \\
-        --streaming true --max_train_steps 100000 --mixed_precision bf16 --output_dir output/base
+        --streaming true --validation_split validation --max_train_steps 100000 --output_dir output/base
     accelerate launch --config_file configs/accelerate/ddp.yaml scripts/pretrain.py ...   # several GPUs or machines
 
 Documents are packed into blocks of n tokens without waste (scripts/packing.py). --architecture roberta trains the
@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
-from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from common import (
     TextArguments,
@@ -43,7 +43,7 @@ from common import (
     run_main,
     write_json,
 )
-from loading import ModelArguments, load_config_and_tokenizer
+from loading import ModelArguments, load_config_and_tokenizer, longest_input
 from operations import count_operations, measure_peak
 from packing import (
     EVALUATION_SEED,
@@ -53,19 +53,20 @@ from packing import (
     MaskingCollator,
     PackedBlocks,
     StreamedBlocks,
+    encode,
     tokenize_documents,
 )
 from training import (
-    FREE_ARGUMENTS,
     Batch,
     TrainingArguments,
     TrainingData,
+    identity_of,
     prepare_output_dir,
     save_model,
     start_accelerator,
     train,
 )
-from twin import make_twin
+from twin import RobertaForMaskedLM, make_twin
 
 
 @dataclass
@@ -100,7 +101,7 @@ class PretrainingArguments:
         default=None, metadata={"help": "Instead of a file: a split of --dataset_name."}
     )
     validation_split_percentage: float = field(
-        default=5.0, metadata={"help": "Without either: the share of the documents that is held out."}
+        default=5.0, metadata={"help": "Without either: the share of the documents that is held out, at least one."}
     )
     max_eval_samples: int = field(
         default=500, metadata={"help": "Evaluate on at most so many blocks, spread evenly over the held-out text."}
@@ -127,6 +128,10 @@ class LoopArguments(TrainingArguments):
     metric_for_best_model: str | None = field(
         default="loss", metadata={"help": "What chooses the model, of what an evaluation prints."}
     )
+    eval_steps: int | None = field(default=500, metadata={"help": "Evaluate every so many optimizer steps."})
+    checkpointing_steps: str = field(
+        default="500", metadata={"help": "A checkpoint is written at evaluations, and every so many steps."}
+    )
     torch_compile: bool = field(default=False, metadata={"help": "Compile the model; worth it for long runs."})
 
 
@@ -138,25 +143,24 @@ DESCRIBED_KEYS += ("local_window", "exact_short_sequences", "max_position_embedd
 def load_model(arguments: PretrainedArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A masked-LM model, new or to go on from, and its tokenizer. Raises `UserError` where they do not fit."""
     config, tokenizer = load_config_and_tokenizer(arguments)
-    name = arguments.model_name_or_path
+    name, trust = arguments.model_name_or_path, {"trust_remote_code": arguments.trust_remote_code}
     if name is None:
         for token in ("bos", "eos"):
             setattr(config, f"{token}_token_id", getattr(tokenizer, f"{token}_token_id"))
         if arguments.architecture == "roberta" and config.model_type != "linformer":
             raise UserError(f"--architecture roberta is the twin of a Linformer, and {arguments.config_name} is none")
-        model = make_twin(config) if arguments.architecture == "roberta" else AutoModelForMaskedLM.from_config(config)
+        try:
+            is_twin = arguments.architecture == "roberta"
+            model = make_twin(config) if is_twin else AutoModelForMaskedLM.from_config(config, **trust)
+        except ValueError as error:
+            raise UserError(f"cannot make a masked-LM model of {arguments.config_name}: {one_line(error)}") from error
     else:
         if arguments.architecture == "roberta":
             raise UserError("--architecture roberta makes a new model; leave it out with --model_name_or_path")
+        auto_class = RobertaForMaskedLM if config.model_type == "roberta" else AutoModelForMaskedLM
+        options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **trust}
         try:
-            model, report = AutoModelForMaskedLM.from_pretrained(
-                name,
-                config=config,
-                dtype=torch.float32,
-                use_safetensors=True,
-                output_loading_info=True,
-                trust_remote_code=arguments.trust_remote_code,
-            )
+            model, report = auto_class.from_pretrained(name, config=config, **options)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"cannot load the model {name}, which may be incomplete: {one_line(error)}") from error
         if lost := sorted(report["missing_keys"]):
@@ -166,54 +170,88 @@ def load_model(arguments: PretrainedArguments) -> tuple[PreTrainedModel, PreTrai
     return model, tokenizer
 
 
-def choose_block_length(max_length: int | None, config: PreTrainedConfig) -> int:
+def choose_block_length(max_length: int | None, model: PreTrainedModel) -> int:
     """Tokens of a block, `--max_length` or what the model can take."""
-    limit = config.max_position_embeddings
-    if config.model_type == "roberta":
-        limit -= config.pad_token_id + 1
+    limit = longest_input(model)
     length = max_length or limit
-    if not 8 <= length <= limit:
+    if length is None:
+        raise UserError(f"a {model.config.model_type} model sets no limit to the length; give --max_length")
+    if not 8 <= length <= (limit or length):
         raise UserError(f"--max_length {length} must lie between 8 and the {limit} tokens that the model can take")
     return length
 
 
-def load_documents(
-    arguments: PretrainingArguments, texts: TextArguments, seed: int
-) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Texts to train on, and held-out ones. Raises `UserError` where there are none."""
-    train_set = load_texts(texts, streaming=arguments.streaming)
+def load_held_out(
+    arguments: PretrainingArguments, texts: TextArguments, tokenizer: PreTrainedTokenizerBase, length: int
+) -> datasets.Dataset | None:
+    """The texts to evaluate on, None if some of the training texts are to be held out."""
+    if arguments.validation_file is not None and arguments.validation_split is not None:
+        raise UserError("give either --validation_file or --validation_split, got both")
     if arguments.validation_file is not None:
         files = " ".join(arguments.validation_file)
         held_out = load_data_files({"validation": arguments.validation_file}, texts.sample_by)["validation"]
-        return train_set, only_texts(held_out, texts.text_column, files)
-    if arguments.validation_split is not None:
-        if texts.dataset_name is None:
-            raise UserError("--validation_split names a split of --dataset_name; with files, give --validation_file")
-        return train_set, load_texts(texts, split=arguments.validation_split)
-    if arguments.streaming:
-        raise UserError("with --streaming, give --validation_file or --validation_split: a stream cannot be divided")
-    count = round(len(train_set) * arguments.validation_split_percentage / 100)
-    if not 0 < count < len(train_set):
-        raise UserError(
-            f"cannot hold out {arguments.validation_split_percentage} % of {len(train_set)} documents; change "
-            "--validation_split_percentage, give --validation_file, or divide .txt files by --sample_by paragraph"
-        )
-    divided = train_set.train_test_split(test_size=count, seed=seed)
-    return divided["train"], divided["test"]
+        return only_texts(held_out, texts.text_column, files)
+    if arguments.validation_split is None:
+        if arguments.streaming:
+            raise UserError(
+                "with --streaming, give --validation_file or --validation_split: a stream cannot be divided"
+            )
+        return None
+    if texts.dataset_name is None:
+        raise UserError("--validation_split names a split of --dataset_name; with files, give --validation_file")
+    if not arguments.streaming:
+        return load_texts(texts, split=arguments.validation_split)
+    # As much of the stream as is used.
+    kept: list[str] = []
+    tokens = 0
+    for row in load_texts(texts, split=arguments.validation_split, streaming=True):
+        kept.append(row[texts.text_column] or "")
+        tokens += len(encode(tokenizer, kept[-1:])[0])
+        if tokens >= arguments.max_eval_samples * length:
+            break
+    return datasets.Dataset.from_dict({texts.text_column: kept})
 
 
-def pack(
-    documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, length: int, num_workers: int | None, name: str
-) -> PackedBlocks:
-    """Blocks of the documents. Raises `UserError` if there is not one."""
-    tokenized = tokenize_documents(documents, tokenizer, num_workers, f"Tokenizing {name} documents")
-    blocks = PackedBlocks(tokenized, length, Frame.of(tokenizer))
+def pack(documents: datasets.Dataset, length: int, frame: Frame, name: str) -> PackedBlocks:
+    """Blocks of tokenized documents. Raises `UserError` if there is not one."""
+    blocks = PackedBlocks(documents, length, frame)
     if not len(blocks):
         raise UserError(
             f"the {len(documents)} {name} documents have {blocks.num_tokens} tokens, not enough for one block of "
             f"{length}; lower --max_length or give more text"
         )
     return blocks
+
+
+def load_blocks(
+    arguments: PretrainingArguments,
+    texts: TextArguments,
+    loop: LoopArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+) -> tuple[PackedBlocks | None, PackedBlocks]:
+    """Blocks to train on, None if they are streamed, and held-out ones. Raises `UserError` where there are none."""
+    frame, workers = Frame.of(tokenizer), loop.preprocessing_num_workers
+    held_out_texts = load_held_out(arguments, texts, tokenizer, length)
+    train_set = held_out = None
+    if held_out_texts is not None:
+        held_out = tokenize_documents(held_out_texts, tokenizer, workers, "Tokenizing held-out documents")
+    if not arguments.streaming:
+        train_set = tokenize_documents(load_texts(texts), tokenizer, workers, "Tokenizing documents")
+    if held_out is None:
+        assert train_set is not None
+        share, rows = arguments.validation_split_percentage / 100, len(train_set)
+        count = max(1, round(rows * share)) if 0 < share < 1 else 0
+        if not 0 < count < rows:
+            raise UserError(
+                f"cannot hold out {arguments.validation_split_percentage} % of {rows} documents; change "
+                "--validation_split_percentage, give --validation_file, or divide .txt files by --sample_by paragraph"
+            )
+        drawn = np.random.default_rng(loop.seed).permutation(rows)
+        held_out, train_set = (train_set.select(np.sort(part)) for part in (drawn[:count], drawn[count:]))
+    return None if train_set is None else pack(train_set, length, frame, "training"), pack(
+        held_out, length, frame, "held-out"
+    )
 
 
 @torch.no_grad()
@@ -226,13 +264,16 @@ def evaluate_model(accelerator: Accelerator, model: nn.Module, loader: DataLoade
         is_predicted = labels != -100
         logits = model(**inputs_of(batch)).logits
         logits = (logits if logits.dim() == 2 else logits[is_predicted]).float()
-        losses = nn.functional.cross_entropy(logits, labels[is_predicted], reduction="none").double()
+        losses = nn.functional.cross_entropy(logits, labels[is_predicted], reduction="none")
         rows = is_predicted.nonzero()[:, 0]
-        sums = torch.zeros(len(labels), dtype=torch.float64, device=losses.device).index_add(0, rows, losses)
+        sums = torch.zeros(len(labels), device=losses.device).index_add(0, rows, losses)
         # Of rows, since accelerate repeats some where processes do not divide them evenly, and drops them here.
-        parts.append(accelerator.gather_for_metrics((sums, is_predicted.sum(dim=-1))))
+        gathered = accelerator.gather_for_metrics((sums, is_predicted.sum(dim=-1)))
+        parts.append([values.cpu().double() for values in gathered])
     model.train()
     all_sums, all_counts = (torch.cat(values).sum() for values in zip(*parts))
+    if not all_counts:
+        raise UserError("no held-out token is masked: raise --mlm_probability or give more held-out text")
     loss = float(all_sums / all_counts)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
@@ -279,17 +320,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_arguments(arguments, loop)
     accelerator, checkpoint = start_accelerator(loop, compiled=loop.torch_compile)
     model, tokenizer = load_model(model_arguments)
-    length = choose_block_length(loop.max_length, model.config)
+    length = choose_block_length(loop.max_length, model)
     tokenizer.model_max_length = length
     # How it is trained is not how it is to be used.
     sparse_prediction = getattr(model.config, "sparse_prediction", False)
     model.config.sparse_prediction = model_arguments.sparse_prediction
 
     with accelerator.main_process_first():
-        documents, held_out_documents = load_documents(arguments, texts, loop.seed)
-        workers = loop.preprocessing_num_workers
-        held_out = pack(held_out_documents, tokenizer, length, workers, "validation")
-        blocks = None if arguments.streaming else pack(documents, tokenizer, length, workers, "training")
+        blocks, held_out = load_blocks(arguments, texts, loop, tokenizer, length)
     collate = MaskingCollator(tokenizer, arguments.mlm_probability, loop.seed)
     options = {"batch_size": loop.per_device_train_batch_size, "num_workers": arguments.dataloader_num_workers}
     data: TrainingData
@@ -298,6 +336,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         data = Blocks(accelerator, blocks, collate, **options)
     else:
         process = accelerator.process_index
+        documents = load_texts(texts, streaming=True)
         documents = split_dataset_by_node(documents, process, accelerator.num_processes)
         options["num_workers"] = min(options["num_workers"], documents.num_shards)
         stream = BlockStream(documents, tokenizer, length, loop.seed, arguments.shuffle_window, process)
@@ -314,8 +353,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     all_arguments = {**asdict(model_arguments), **asdict(texts), **asdict(arguments), **asdict(loop)}
-    identity = {name: value for name, value in all_arguments.items() if name not in FREE_ARGUMENTS}
-    identity |= {"processes": accelerator.num_processes, "held-out tokens": held_out.num_tokens}
+    identity = identity_of(accelerator, all_arguments) | {"held-out tokens": held_out.num_tokens}
+    if arguments.streaming:
+        # Each worker has documents of its own.
+        identity["dataloader_num_workers"] = options["num_workers"]
     identity["training tokens"] = blocks.num_tokens if blocks is not None else "streamed"
     prepare_output_dir(accelerator, loop, identity, checkpoint)
     model.to(accelerator.device)

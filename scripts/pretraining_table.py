@@ -20,6 +20,8 @@ def describe(row: Row) -> str:
     """What a model is, in words."""
     if row["model"] == "roberta":
         return "RoBERTa, the softmax twin"
+    if row["model"] != "linformer":
+        return row["model"]
     name = row["projection_type"]
     if name in ("linear", "random", "convolution"):
         name += f", {row['projection_sharing']}"
@@ -34,14 +36,16 @@ def pretraining_table(rows: list[Row]) -> list[str]:
     """A line for each model, length and number of tokens, its seeds together, beside the same seeds of the twin."""
     groups: dict[tuple[str, str, str, str], dict[str, Row]] = {}
     for row in last_rows(rows):
-        key = (row["max_length"], row["step"], describe(row), row["learning_rate"])
+        key = (row["max_length"], row["step"], row["learning_rate"], describe(row))
         groups.setdefault(key, {})[row["seed"]] = row
-    twins = {(key[0], key[1]): group for key, group in groups.items() if key[2].startswith("RoBERTa")}
-    header = ["n", "tokens", "model", "parameters", "seeds", "perplexity", "beside the twin"]
+    twins = {key[:3]: group for key, group in groups.items() if key[3].startswith("RoBERTa")}
+    header = ["n", "tokens", "model", "parameters", "learning rate", "seeds", "perplexity", "beside the twin"]
     lines = [header, ["---"] * len(header)]
-    for (length, step, name, _), group in sorted(groups.items(), key=lambda item: (int(item[0][0]), int(item[0][1]))):
+    for (length, step, rate, name), group in sorted(
+        groups.items(), key=lambda item: (int(item[0][0]), int(item[0][1]))
+    ):
         one = next(iter(group.values()))
-        twin = twins.get((length, step), {})
+        twin = twins.get((length, step, rate), {})
         ratios = [
             float(row["validation_perplexity"]) / float(twin[seed]["validation_perplexity"]) - 1
             for seed, row in group.items()
@@ -53,6 +57,7 @@ def pretraining_table(rows: list[Row]) -> list[str]:
                 f"{int(one['tokens']) / 1e6:.1f} M",
                 name,
                 f"{int(one['parameters']) / 1e6:.1f} M",
+                rate,
                 str(len(group)),
                 spread([float(row["validation_perplexity"]) for row in group.values()], digits=1),
                 "" if group is twin or not ratios else f"{statistics.mean(ratios):+.1%}",

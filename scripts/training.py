@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -21,7 +22,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, skip_first_batches
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -51,17 +53,14 @@ class TrainingArguments:
     max_length: int | None = field(
         default=None, metadata={"help": "Longer texts are cut to so many tokens. Default: all that the model takes."}
     )
-    pad_to_multiple_of: int | None = field(
-        default=None, metadata={"help": "Pad batches to a multiple of this, e.g. 8 for tensor cores."}
-    )
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Rows of one forward and backward pass."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Rows of one forward pass in evaluation."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Passes to one optimizer step."})
-    group_by_length: bool = field(
-        default=True, metadata={"help": "Put texts of about the same length into one batch: less padding, faster."}
-    )
     learning_rate: float = field(default=5e-5, metadata={"help": "The highest learning rate of AdamW."})
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay, not applied to biases and norms."})
+    adam_beta1: float = field(default=0.9, metadata={"help": "Decay of AdamW's mean of gradients."})
+    adam_beta2: float = field(default=0.999, metadata={"help": "Decay of AdamW's mean of their squares."})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "What AdamW adds to the root of that."})
     num_train_epochs: int = field(default=3, metadata={"help": "Passes over the training set."})
     max_train_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps in all; overrides --num_train_epochs."}
@@ -73,8 +72,12 @@ class TrainingArguments:
         default=0, metadata={"help": "Steps of rising learning rate; below 1, their share of all steps."}
     )
     max_grad_norm: float = field(default=1.0, metadata={"help": "Scale gradients down to this norm; 0 for never."})
-    mixed_precision: str = field(
-        default="no", metadata={"help": "Compute in bf16 or fp16 where it is safe.", "choices": ["no", "bf16", "fp16"]}
+    mixed_precision: str | None = field(
+        default=None,
+        metadata={
+            "help": "Compute in bf16 or fp16 where it is safe. Default: as `accelerate launch` says, else no.",
+            "choices": ["no", "bf16", "fp16"],
+        },
     )
     seed: int = field(default=42, metadata={"help": "Of new weights, order of rows, dropout and drawn splits."})
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
@@ -106,7 +109,19 @@ class TrainingArguments:
         default="all", metadata={"help": "tensorboard, wandb, ... or all that are installed; needs --with_tracking."}
     )
     run_name: str = field(default="run", metadata={"help": "The run's name in trackers and --results_file."})
-    results_file: str | None = field(default=None, metadata={"help": "Add one row of results to this CSV."})
+    results_file: str | None = field(default=None, metadata={"help": "Add the results to this CSV."})
+
+
+@dataclass
+class RowTrainingArguments(TrainingArguments):
+    """The same for rows of different lengths."""
+
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Pad batches to a multiple of this, e.g. 8 for tensor cores."}
+    )
+    group_by_length: bool = field(
+        default=True, metadata={"help": "Put texts of about the same length into one batch: less padding, faster."}
+    )
 
 
 # Arguments that a resumed run may change, since they do not change what is learnt.
@@ -138,8 +153,13 @@ def check_arguments(arguments: TrainingArguments) -> None:
     counts += ["num_train_epochs", "max_train_steps", "save_total_limit", "early_stopping_patience"]
     counts += ["eval_steps", "logging_steps"]
     for name in [*counts, "pad_to_multiple_of", "preprocessing_num_workers"]:
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+        if getattr(arguments, name, None) is not None and getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(arguments, name)}")
+    if not 0 <= arguments.seed < 2**32:
+        raise UserError(f"--seed must lie between 0 and {2**32 - 1}, and is {arguments.seed}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(arguments, name) < 1:
+            raise UserError(f"--{name} must be at least 0 and below 1, and is {getattr(arguments, name)}")
     steps = arguments.checkpointing_steps
     if steps != "epoch" and not (steps.isdecimal() and int(steps)):
         raise UserError(f"--checkpointing_steps must be 'epoch' or a number of steps, not {steps!r}")
@@ -177,15 +197,31 @@ def start_accelerator(arguments: TrainingArguments, compiled: bool = False) -> t
             log_with=arguments.report_to if arguments.with_tracking else None,
             project_dir=arguments.output_dir,
             step_scheduler_with_optimizer=False,
-            # A head that is not taught, and a projection that short rows do not meet, get no gradient.
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+            kwargs_handlers=[
+                # A head that is not taught, and a projection that short rows do not meet, get no gradient.
+                DistributedDataParallelKwargs(find_unused_parameters=True),
+                # The others wait as the first process tokenizes.
+                InitProcessGroupKwargs(timeout=timedelta(hours=6)),
+            ],
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"cannot use --mixed_precision or --report_to: {one_line(error)}") from error
     if accelerator.device.type == "cpu":
         keep_freed_memory()
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise UserError("DeepSpeed is not supported; configs/accelerate/fsdp.yaml divides a model as it does")
+    found = gather_object([str(checkpoint)])
+    if len(set(found)) > 1:
+        raise UserError(f"the processes see different checkpoints, {found}: all need the same --output_dir")
     set_seed(arguments.seed)
     return accelerator, checkpoint
+
+
+def identity_of(accelerator: Accelerator, all_arguments: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same for a run to go on: its arguments but for the free ones, and where it runs."""
+    identity = {name: value for name, value in all_arguments.items() if name not in FREE_ARGUMENTS}
+    identity["mixed_precision"] = accelerator.mixed_precision
+    return identity | {"processes": accelerator.num_processes, "distributed": accelerator.distributed_type.value}
 
 
 def prepare_output_dir(
@@ -205,7 +241,7 @@ def prepare_output_dir(
 
 
 def grouped_by_length(
-    lengths: Sequence[int], arguments: TrainingArguments, num_processes: int
+    lengths: Sequence[int], arguments: RowTrainingArguments, num_processes: int
 ) -> tuple[LengthGroupedSampler, torch.Generator]:
     """Draws rows of about one length for a step, or any with --group_by_length false; with its generator."""
     generator = torch.Generator()
@@ -273,8 +309,9 @@ def optimizer_step(
 ) -> tuple[float, float]:
     """One step down the gradient of the mean loss over the micro-batches of all processes.
 
-    Each micro-batch counts by `count_of`, by default its rows, so that a step is the same however it is divided, short
-    last batches included. Returns the loss and the norm of its gradient. Raises `NotFinite` before anything changes.
+    Each micro-batch counts by `count_of`, by default its rows, so that a step is the same however its rows are
+    divided, also into unequal parts. Returns the loss and the norm of its gradient. Raises `NotFinite` before
+    anything changes.
     """
     counts = [count_of(batch) for batch in micro_batches]
     count = accelerator.reduce(torch.tensor(sum(counts), device=accelerator.device), "sum").item()
@@ -307,7 +344,8 @@ def make_optimizer(
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": arguments.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate)
+    betas = (arguments.adam_beta1, arguments.adam_beta2)
+    optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=betas, eps=arguments.adam_epsilon)
     warmup = arguments.num_warmup_steps
     warmup_steps = math.ceil(warmup * max_steps) if warmup < 1 else int(warmup)
     try:
@@ -318,7 +356,11 @@ def make_optimizer(
 
 
 class Interruption(AbstractContextManager):
-    """Notes SIGTERM or SIGINT, so that a run can end its step and keep what it has; a second one ends it at once."""
+    """Notes SIGTERM or Ctrl-C, so that a run can end its step and keep what it has; a second Ctrl-C ends it at once.
+
+    SIGTERM often comes twice: from who manages the job, and from torchrun, which passes its own on and kills its
+    processes 30 seconds later.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
@@ -332,7 +374,8 @@ class Interruption(AbstractContextManager):
 
     def note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        self.restore()
+        if number == signal.SIGINT:
+            self.restore()
 
     def restore(self) -> None:
         for number, handler in self.before.items():
@@ -340,6 +383,13 @@ class Interruption(AbstractContextManager):
 
     def __exit__(self, *details: object) -> None:
         self.restore()
+
+
+def cannot_write(path: Path, error: BaseException) -> str:
+    return (
+        f"cannot write {path}: {one_line(error)}; the checkpoints are good: make room, then go on with "
+        "--resume_from_checkpoint last"
+    )
 
 
 class Log:
@@ -352,14 +402,22 @@ class Log:
             lines = path.read_text().splitlines() if step and path.exists() else []
             # The last line may be half a line.
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            with write_aside(path) as aside:
-                aside.write_text("".join(f"{line}\n" for line in kept))
+            try:
+                with write_aside(path) as aside:
+                    aside.write_text("".join(f"{line}\n" for line in kept))
+            except OSError as error:
+                raise UserError(cannot_write(path, error)) from error
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step} | values) + "\n")
+            # JSON has no infinity, which the norm of gradients may be that a scaler made overflow.
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            try:
+                with self.path.open("a") as file:
+                    file.write(json.dumps({"step": step} | finite) + "\n")
+            except OSError as error:
+                raise UserError(cannot_write(self.path, error)) from error
 
 
 def steps_from(
@@ -377,7 +435,7 @@ def steps_from(
 
 def train(
     accelerator: Accelerator,
-    model: nn.Module,
+    model: PreTrainedModel,
     data: TrainingData,
     compute_loss: ComputeLoss,
     evaluate: Callable[[nn.Module], dict[str, float]],
@@ -403,6 +461,10 @@ def train(
     else:
         steps_per_epoch = math.ceil(data.batches_per_epoch / accumulation)
         max_steps = arguments.max_train_steps or arguments.num_train_epochs * steps_per_epoch
+    if accelerator.is_fsdp2:
+        # Embeddings that are tied to a decoder cannot be divided apart from it.
+        layers = [name for name in model._no_split_modules or [] if not name.endswith("Embeddings")]
+        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = layers
     wrapped, optimizer, scheduler = accelerator.prepare(model, *make_optimizer(model, arguments, max_steps))
     progress = Progress()
     if checkpoint is not None:
@@ -517,6 +579,8 @@ def save_model(
 ) -> None:
     """Save model, code and tokenizer to a folder beside, then move the files into place. All processes call it."""
     weights = accelerator.get_state_dict(wrapped)
+    # A compiled model has names of its own for them.
+    weights = {name.removeprefix("_orig_mod."): weight for name, weight in weights.items()}
     if not accelerator.is_main_process:
         return
     parts = accelerator.unwrap_model(wrapped, keep_torch_compile=False)
@@ -529,8 +593,13 @@ def save_model(
     model.tie_weights()
     aside = output_dir / ".model.partial"
     shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    for path in aside.iterdir():
-        path.replace(output_dir / path.name)
-    aside.rmdir()
+    try:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        for path in aside.iterdir():
+            path.replace(output_dir / path.name)
+        aside.rmdir()
+    # Safetensors has errors of its own for what the system refuses.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(cannot_write(output_dir, error)) from error

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, RobertaConfig
 from transformers.modeling_outputs import MaskedLMOutput
 
+from common import UserError
+
 
 SAME: tuple[str, ...] = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 SAME += ("hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "type_vocab_size", "initializer_range")
@@ -35,7 +37,12 @@ class RobertaForMaskedLM(transformers.RobertaForMaskedLM):
 
 
 def twin_config(config: PreTrainedConfig) -> RobertaConfig:
-    """RoBERTa's configuration of the same sizes and special tokens as a Linformer's."""
+    """RoBERTa's configuration of the same sizes and special tokens as a Linformer's.
+
+    Raises `UserError` where RoBERTa cannot be that.
+    """
+    if config.embedding_size not in (None, config.hidden_size):
+        raise UserError(f"RoBERTa has no embedding_size, so there is no twin of a model with {config.embedding_size}")
     twin = RobertaConfig(**{name: getattr(config, name) for name in SAME})
     # RoBERTa counts positions from pad_token_id + 1.
     twin.max_position_embeddings = config.max_position_embeddings + config.pad_token_id + 1
