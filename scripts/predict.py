@@ -100,8 +100,8 @@ class Arguments:
 FREE_ARGUMENTS = ("resume", "overwrite", "chunk_size", "per_device_eval_batch_tokens")
 # A chunk ends with the document that reaches so many characters, whatever --chunk_size says.
 CHUNK_CHARACTERS = 4_000_000
-# What the tokenizer is given at a time, as it takes some 200 bytes a token. Longer texts are cut up before a space.
-TOKENIZED_CHARACTERS = 1_000_000
+# What the tokenizer is given at a time, at most twice, as it takes some 500 bytes a token. Longer texts are cut up.
+TOKENIZED_CHARACTERS = 400_000
 # Of one value in a csv or json file: more means a quote or a bracket that is never closed.
 LARGEST_VALUE = 2**27
 BLOCK = 2**20
@@ -451,6 +451,8 @@ def tokenize(texts: Sequence[str], classifier: Classifier, windows: bool) -> tup
             if length > special and (windows or lengths[document] == special):
                 rows.append(Row(document, {name: encoded[name][index] for name in names}, length))
             lengths[document] += length - special
+        # Or two of them would be held at a time.
+        del encoded
     return rows, lengths
 
 
@@ -587,7 +589,7 @@ class Output:
             before = known["identity"]
             changed = [
                 f"{name} was {before.get(name)} and is {identity.get(name)}"
-                for name in sorted(before.keys() | identity.keys())
+                for name in {**before, **identity}
                 if before.get(name) != identity.get(name)
             ]
             if changed:

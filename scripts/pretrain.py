@@ -320,6 +320,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_arguments(arguments, loop)
     accelerator, checkpoint = start_accelerator(loop, compiled=loop.torch_compile)
     model, tokenizer = load_model(model_arguments)
+    if accelerator.is_fsdp2 and model.config.model_type == "roberta":
+        raise UserError("FSDP refuses the bias that RoBERTa's head has under two names; train it with ddp.yaml")
     length = choose_block_length(loop.max_length, model)
     tokenizer.model_max_length = length
     # How it is trained is not how it is to be used.

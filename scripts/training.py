@@ -579,18 +579,17 @@ def save_model(
 ) -> None:
     """Save model, code and tokenizer to a folder beside, then move the files into place. All processes call it."""
     weights = accelerator.get_state_dict(wrapped)
-    # A compiled model has names of its own for them.
-    weights = {name.removeprefix("_orig_mod."): weight for name, weight in weights.items()}
     if not accelerator.is_main_process:
         return
-    parts = accelerator.unwrap_model(wrapped, keep_torch_compile=False)
-    # FSDP makes a class of its own of a model's, and keeps weights in parts: they are put together in a model as new.
-    model_class = next(kind for kind in type(parts).__mro__ if not kind.__module__.startswith("torch."))
-    assert issubclass(model_class, PreTrainedModel)
-    with torch.device("meta"):
-        model = model_class(parts.config)  # type: ignore[arg-type]
-    model.load_state_dict(weights, assign=True)
-    model.tie_weights()
+    model = accelerator.unwrap_model(wrapped, keep_torch_compile=False)
+    if accelerator.is_fsdp2:
+        # It has a class of its own and weights in parts: they are put together in a model as new.
+        model_class = next(kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch."))
+        assert issubclass(model_class, PreTrainedModel)
+        with torch.device("meta"):
+            model = model_class(model.config)  # type: ignore[arg-type]
+        model.load_state_dict(weights, assign=True)
+        model.tie_weights()
     aside = output_dir / ".model.partial"
     shutil.rmtree(aside, ignore_errors=True)
     try:
