@@ -65,6 +65,8 @@ def draw(rows: list[Row]) -> pyplot.Figure:
             axis.plot([tokens / 1e6 for tokens in points], list(points.values()), marker=".", label=name, **style)
         axis.set(xlabel="million tokens seen", ylabel="perplexity on held-out books", yscale="log")
         axis.set_title(f"n = {length:,}, learning rate {rate:g}")
+        for of_ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            of_ticks("{x:,.0f}")
         axis.grid(True, which="both", alpha=0.3)
         axis.legend(fontsize=8)
     figure.tight_layout()

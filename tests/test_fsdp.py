@@ -75,7 +75,9 @@ def test_divided_weights_resume_exactly_after_being_killed(runs):  # noqa: F811
     assert run_two(runs.options(*given, output="whole")) == [0, 0]
     arguments = runs.options(*given, "--checkpointing_steps", 2, "--resume_from_checkpoint", "last")
     output_dir = runs.folder / "out"
-    assert run_two(arguments, until=some_time_after(output_dir, 4, 0.01)) == [-9, -9]
+    # The second may find the first one gone before it is killed itself.
+    exit_codes = run_two(arguments, until=some_time_after(output_dir, 4, 0.01))
+    assert exit_codes[0] == -9 and exit_codes[1] in (-9, 1)
     step = newest(output_dir)
     assert 4 <= step < 14 and is_intact(list_checkpoints(output_dir)[step])
     assert run_two(arguments) == [0, 0]

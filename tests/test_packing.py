@@ -174,10 +174,10 @@ def special_tokenizer(**names: str) -> PreTrainedTokenizerFast:
 def test_frames():
     names = {"bos": "<b>", "eos": "<e>", "cls": "<c>", "sep": "<s>", "mask": "<m>"}
     ids = {name: index for index, name in enumerate(names)}
-    assert Frame.of(special_tokenizer(**names)) == (ids["cls"], ids["sep"], ids["sep"])
+    assert Frame.of(special_tokenizer(**names)) == (ids["cls"], ids["sep"])
     # A separator whose id is 0 is one all the same.
-    assert Frame.of(special_tokenizer(sep="<s>", cls="<c>", mask="<m>")) == (1, 0, 0)
-    assert Frame.of(special_tokenizer(bos="<b>", eos="<e>", mask="<m>")) == (0, 1, 1)
+    assert Frame.of(special_tokenizer(sep="<s>", cls="<c>", mask="<m>")) == (1, 0)
+    assert Frame.of(special_tokenizer(bos="<b>", eos="<e>", mask="<m>")) == (0, 1)
 
 
 @pytest.mark.parametrize(

@@ -413,6 +413,20 @@ def test_the_saved_twin_is_a_roberta(tmp_path):
 # The same however it is run
 
 
+def test_a_compiled_model_is_saved_under_its_own_names(runs, monkeypatch):
+    def without_compiler(**given: object) -> Accelerator:
+        return Accelerator(**given | {"dynamo_backend": "eager" if given["dynamo_backend"] else None})
+
+    monkeypatch.setattr(training, "Accelerator", without_compiler)
+    given = ["--max_train_steps", 4, *WITHOUT_DROPOUT]
+    plain, compiled = runs.pretrain(*given), runs.pretrain(*given, "--torch_compile", "true", output="compiled")
+    assert_same_curve(plain, compiled, tolerance=1e-5)
+    weights = [load_file(path / "model.safetensors") for path in (plain, compiled)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("architecture", ["linformer", "roberta"])
 @pytest.mark.parametrize(
     "more",
@@ -1077,7 +1091,9 @@ def test_two_processes_resume_exactly_after_being_killed(streaming, runs):
     assert run_two(runs.options(*given, output="whole")) == [0, 0]
     arguments = runs.options(*given, "--checkpointing_steps", 2, "--resume_from_checkpoint", "last")
     output_dir, whole = runs.folder / "out", runs.folder / "whole"
-    assert run_two(arguments, until=some_time_after(output_dir, 4, 0.01)) == [-9, -9]
+    # The second may find the first one gone before it is killed itself.
+    exit_codes = run_two(arguments, until=some_time_after(output_dir, 4, 0.01))
+    assert exit_codes[0] == -9 and exit_codes[1] in (-9, 1)
 
     def stop_one(processes: list) -> None:
         os.kill(processes[1].pid, signal.SIGTERM)
@@ -1134,7 +1150,7 @@ BAD_OPTIONS: dict[str, tuple[list, tuple, str]] = {
     "split of a file": (["--validation_split", "test"], SPLIT, "--validation_split names a split of --dataset_name"),
     "two held-out texts": (["--validation_split", "test"], (), "either --validation_file or --validation_split"),
     "nothing held out": (["--validation_split_percentage", 0], SPLIT, "cannot hold out 0.0 % of 60 documents"),
-    "hardly held out": (["--validation_split_percentage", 0.5], SPLIT, "cannot hold out 0.5 % of 60 documents"),
+    "hardly held out": (["--validation_split_percentage", 0.5], SPLIT, "1 held-out documents have .* not enough"),
     "all held out": (["--validation_split_percentage", 100], SPLIT, "cannot hold out 100.0 % of 60 documents"),
     "less than nothing": (["--validation_split_percentage", -5], SPLIT, "cannot hold out -5.0 % of 60 documents"),
     "share of no number": (["--validation_split_percentage", "nan"], SPLIT, "--validation_split_percentage|hold out"),
