@@ -51,7 +51,6 @@ from metrics import ComputeMetrics, choose_metrics
 from training import (
     Rows,
     RowTrainingArguments,
-    TrainingArguments,
     grouped_by_length,
     identity_of,
     prepare_output_dir,
@@ -192,7 +191,7 @@ def describe_data(
 
 
 def make_loaders(
-    tokenized: DatasetDict, tokenizer: PreTrainedTokenizerBase, arguments: TrainingArguments, num_processes: int
+    tokenized: DatasetDict, tokenizer: PreTrainedTokenizerBase, arguments: RowTrainingArguments, num_processes: int
 ) -> tuple[dict[str, DataLoader], torch.Generator]:
     """A loader for each split, and the generator that the order of the training rows is drawn from."""
     collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=arguments.pad_to_multiple_of)

@@ -18,6 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -157,10 +158,10 @@ def load_model(arguments: PretrainedArguments) -> tuple[PreTrainedModel, PreTrai
     else:
         if arguments.architecture == "roberta":
             raise UserError("--architecture roberta makes a new model; leave it out with --model_name_or_path")
-        auto_class = RobertaForMaskedLM if config.model_type == "roberta" else AutoModelForMaskedLM
-        options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **trust}
+        auto_class: Any = RobertaForMaskedLM if config.model_type == "roberta" else AutoModelForMaskedLM
+        options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
         try:
-            model, report = auto_class.from_pretrained(name, config=config, **options)
+            model, report = auto_class.from_pretrained(name, config=config, **options, **trust)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"cannot load the model {name}, which may be incomplete: {one_line(error)}") from error
         if lost := sorted(report["missing_keys"]):

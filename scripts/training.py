@@ -587,7 +587,7 @@ def save_model(
         model_class = next(kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch."))
         assert issubclass(model_class, PreTrainedModel)
         with torch.device("meta"):
-            model = model_class(model.config)  # type: ignore[arg-type]
+            model = model_class(model.config)
         model.load_state_dict(weights, assign=True)
         model.tie_weights()
     aside = output_dir / ".model.partial"
