@@ -42,6 +42,11 @@ done
 # What each option of training does to time and memory.
 measure --lengths 4096 --mode training --head masked_lm --dtype bfloat16 --models roberta_sdpa mean_pool \
     mean_pool:dtype=float32 mean_pool:gradient_checkpointing=true mean_pool:sparse_prediction=true
+# At the sizes of runs/pretraining_study.sh.
+grep -qsF -e "--hidden_size 256" "$results" || $python scripts/benchmark.py --lengths 512 2048 --mode training \
+    --dtype bfloat16 --hidden_size 256 --num_hidden_layers 4 --num_attention_heads 4 --intermediate_size 1024 \
+    --models roberta_sdpa linear mean_pool mean_pool:local_window=32 --max_seconds 30 --device "$device" \
+    --results_file "$results"
 # What torch.compile does.
 measure --lengths 4096 --dtype bfloat16 --models roberta_sdpa linear mean_pool roberta_sdpa:compile=true linear:compile=true \
     mean_pool:compile=true
