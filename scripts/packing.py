@@ -51,9 +51,9 @@ class Frame(NamedTuple):
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids without special tokens, of any length."""
-    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return encoded["input_ids"]
+    """Token ids without special tokens, of any length; what a text spells as one, such as `<mask>`, is text."""
+    options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
+    return tokenizer(list(texts), verbose=False, **options)["input_ids"]
 
 
 def tokenize_documents(

@@ -34,6 +34,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO, TypeVar, cast
 
+import numpy as np
 import pyarrow as pa
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -71,7 +72,7 @@ class Arguments:
     )
     windows: bool = field(
         default=False,
-        metadata={"help": "Read all of a long document, in windows; the mean of their probabilities counts."},
+        metadata={"help": "Read all of a long document, in even parts; the mean of their probabilities counts."},
     )
     threshold: float = field(
         default=0.5, metadata={"help": "The least probability of the labels that a multi-label model gives."}
@@ -96,12 +97,12 @@ class Arguments:
     )
 
 
-# What a resumed run may change.
+# What a resumed run may change: other batches move the last digits at most.
 FREE_ARGUMENTS = ("resume", "overwrite", "chunk_size", "per_device_eval_batch_tokens")
 # A chunk ends with the document that reaches so many characters, whatever --chunk_size says.
 CHUNK_CHARACTERS = 4_000_000
-# What the tokenizer is given at a time, at most twice, as it takes some 500 bytes a token. Longer texts are cut up.
-TOKENIZED_CHARACTERS = 400_000
+# The tokenizer takes some 500 bytes a token: texts go to it in pieces, so many characters of them at a time.
+PIECE_CHARACTERS, TOKENIZED_CHARACTERS = 50_000, 500_000
 # Of one value in a csv or json file: more means a quote or a bracket that is never closed.
 LARGEST_VALUE = 2**27
 BLOCK = 2**20
@@ -291,7 +292,7 @@ def documents_of_table(name: str, path: Path, columns: list[str]) -> Iterator[Do
     for number, row in enumerate(rows_of(path, columns or None), start=1):
         row_id = None
         if isinstance(row, dict):
-            row, row_id = [*(row.get(column) for column in columns), None][:2]
+            row, row_id = [*(row.get(column) for column in columns), None, None][:2]
         elif not isinstance(row, Exception):
             row = ValueError(f"the row is a {type(row).__name__}, which has no columns")
         yield document_of(f"{name}:{number}" if row_id is None else row_id, row)
@@ -386,7 +387,7 @@ def load_classifier(arguments: Arguments) -> Classifier:
         raise UserError(
             f"--max_length is {max_length}, and {name} reads {positions:,} tokens at most, {special} of them special"
         )
-    id2label: dict[int, str] = model.config.id2label  # type: ignore[assignment]
+    id2label: dict[int, str] = model.config.id2label
     names = [str(id2label[index]) for index in range(len(id2label))]
     usual = "regression" if len(names) == 1 else "single_label_classification"
     model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
@@ -397,7 +398,7 @@ def identity_of(arguments: Arguments, classifier: Classifier) -> dict[str, Any]:
     """What a run has to have in common with the one that it goes on with."""
     sha256 = {name: hashlib.sha256() for name in ("configuration", "tokenizer", "weights")}
     sha256["configuration"].update(classifier.model.config.to_json_string().encode())
-    sha256["tokenizer"].update(classifier.tokenizer.backend_tokenizer.to_str().encode())  # type: ignore[attr-defined]
+    sha256["tokenizer"].update(classifier.tokenizer.backend_tokenizer.to_str().encode())
     for weight in classifier.model.state_dict().values():
         sha256["weights"].update(weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return {
@@ -408,58 +409,51 @@ def identity_of(arguments: Arguments, classifier: Classifier) -> dict[str, Any]:
 
 
 def pieces_of(text: str) -> Iterator[str]:
-    """A text in pieces that the tokenizer can take, which end before a space where there is one.
-
-    They have the tokens of the whole wherever words are tokenized one by one.
-    """
+    """A text in pieces of up to `PIECE_CHARACTERS`, which end before a space where there is one."""
     start = 0
-    while len(text) - start > TOKENIZED_CHARACTERS:
-        end = text.rfind(" ", start + 1, start + TOKENIZED_CHARACTERS)
-        end = end if end > 0 else start + TOKENIZED_CHARACTERS
+    while len(text) - start > PIECE_CHARACTERS:
+        end = text.rfind(" ", start + 1, start + PIECE_CHARACTERS)
+        end = end if end > 0 else start + PIECE_CHARACTERS
         yield text[start:end]
         start = end
     yield text[start:]
 
 
-class Row(NamedTuple):
-    """What the model reads in one go of a document: all of it, the beginning, or a window."""
+def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
+    """The tokens of each text, without special ones, in memory that is bounded however long a text is.
 
-    document: int
-    inputs: dict[str, list[int]]
-    length: int
-
-
-def tokenize(texts: Sequence[str], classifier: Classifier, windows: bool) -> tuple[list[Row], list[int]]:
-    """The rows of all texts, and how many tokens each text has, special ones included."""
-    special = classifier.tokenizer.num_special_tokens_to_add()
-    rows: list[Row] = []
-    lengths = [special] * len(texts)
-    # The piece that is read if only one is comes first.
-    step = -1 if classifier.tokenizer.truncation_side == "left" else 1
-    pieces = ((document, piece) for document, text in enumerate(texts) for piece in list(pieces_of(text))[::step])
+    The pieces of a text have the tokens of the whole wherever words are tokenized one by one.
+    """
+    tokens: list[list[np.ndarray]] = [[] for _ in texts]
+    pieces = ((document, piece) for document, text in enumerate(texts) for piece in pieces_of(text))
     for group in grouped(pieces, lambda pair: len(pair[1]), TOKENIZED_CHARACTERS, sys.maxsize):
-        encoded = classifier.tokenizer(
-            [piece for _, piece in group],
-            truncation=True,
-            max_length=classifier.max_length,
-            return_overflowing_tokens=True,
-            verbose=False,
-        )
-        names = [name for name in classifier.tokenizer.model_input_names if name in encoded]
-        for index, piece in enumerate(encoded["overflow_to_sample_mapping"]):
-            document, length = group[piece][0], len(encoded["input_ids"][index])
-            if length > special and (windows or lengths[document] == special):
-                rows.append(Row(document, {name: encoded[name][index] for name in names}, length))
-            lengths[document] += length - special
-        # Or two of them would be held at a time.
-        del encoded
-    return rows, lengths
+        encoded = tokenizer([piece for _, piece in group], add_special_tokens=False, verbose=False)["input_ids"]
+        for (document, _), input_ids in zip(group, encoded):
+            tokens[document].append(np.array(input_ids, dtype=np.int32))
+    return [np.concatenate(parts) for parts in tokens]
+
+
+def with_special_tokens(rows: Sequence[np.ndarray], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
+    """What the model is given for rows of tokens: around each, what the tokenizer puts around a text."""
+    example = dict(tokenizer("a", return_special_tokens_mask=True))
+    special = example.pop("special_tokens_mask")
+    start, end = special.index(0), len(special) - special[::-1].index(0)
+    return {
+        name: [
+            values[:start]
+            + (row.tolist() if name == "input_ids" else values[start : start + 1] * len(row))
+            + values[end:]
+            for row in rows
+        ]
+        for name, values in example.items()
+    }
 
 
 @torch.inference_mode()
-def forward(classifier: Classifier, rows: Sequence[Row]) -> Tensor:
+def forward(rows: Sequence[np.ndarray], classifier: Classifier) -> Tensor:
     """Probabilities, or the values of a regression: (rows, labels)"""
-    batch = classifier.tokenizer.pad([row.inputs for row in rows], return_tensors="pt").to(classifier.model.device)
+    inputs = with_special_tokens(rows, classifier.tokenizer)
+    batch = classifier.tokenizer.pad(inputs, return_tensors="pt").to(classifier.model.device)
     try:
         logits = classifier.model(**batch).logits.float().cpu()
     except torch.OutOfMemoryError as error:
@@ -473,20 +467,27 @@ def forward(classifier: Classifier, rows: Sequence[Row]) -> Tensor:
 
 
 def classify(texts: Sequence[str], classifier: Classifier, arguments: Arguments) -> tuple[Tensor, list[int]]:
-    """The answers to all texts, (texts, labels), and their lengths. A window counts by its tokens."""
-    rows, lengths = tokenize(texts, classifier, arguments.windows)
-    # Rows of about one length share a batch, so that little is padded.
-    rows.sort(key=lambda row: row.length, reverse=True)
+    """The answers to all texts (texts, labels), not finite where there is no token, and the tokens of each text."""
+    tokenized = tokenize(texts, classifier.tokenizer)
     special = classifier.tokenizer.num_special_tokens_to_add()
-    sums, weights = torch.zeros(len(texts), len(classifier.names)), torch.zeros(len(texts), 1)
+    room = classifier.max_length - special
+    rows: list[tuple[int, np.ndarray]] = []
+    for document, tokens in enumerate(tokenized):
+        if arguments.windows:
+            parts = np.array_split(tokens, max(1, math.ceil(len(tokens) / room)))
+        else:
+            parts = [tokens[-room:] if classifier.tokenizer.truncation_side == "left" else tokens[:room]]
+        rows += [(document, part) for part in parts if len(part)]
+    # Rows of about one length share a batch, so that little is padded.
+    rows.sort(key=lambda row: len(row[1]), reverse=True)
+    sums, counts = torch.zeros(len(texts), len(classifier.names)), torch.zeros(len(texts), 1)
     while rows:
-        count = max(1, arguments.per_device_eval_batch_tokens // rows[0].length)
-        batch, rows = rows[:count], rows[count:]
-        documents = torch.tensor([row.document for row in batch])
-        weight = torch.tensor([[float(row.length - special)] for row in batch])
-        sums.index_add_(0, documents, forward(classifier, batch) * weight)
-        weights.index_add_(0, documents, weight)
-    return sums / weights, lengths
+        size = max(1, arguments.per_device_eval_batch_tokens // (len(rows[0][1]) + special))
+        documents, batch = zip(*rows[:size])
+        rows = rows[size:]
+        sums.index_add_(0, torch.tensor(documents), forward(batch, classifier))
+        counts.index_add_(0, torch.tensor(documents), torch.ones(len(batch), 1))
+    return sums / counts, [len(tokens) + special for tokens in tokenized]
 
 
 # The output

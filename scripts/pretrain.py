@@ -248,7 +248,8 @@ def load_blocks(
                 f"cannot hold out {arguments.validation_split_percentage} % of {rows} documents; change "
                 "--validation_split_percentage, give --validation_file, or divide .txt files by --sample_by paragraph"
             )
-        drawn = np.random.default_rng(loop.seed).permutation(rows)
+        # The same for every --seed, so that perplexities compare.
+        drawn = np.random.default_rng(EVALUATION_SEED).permutation(rows)
         held_out, train_set = (train_set.select(np.sort(part)) for part in (drawn[:count], drawn[count:]))
     return None if train_set is None else pack(train_set, length, frame, "training"), pack(
         held_out, length, frame, "held-out"

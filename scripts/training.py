@@ -505,7 +505,7 @@ def train(
                 names = gather_object([name for batch in micro_batches for name in data.names_of(batch)])
                 where = f", on {', '.join(names)}" if names else ""
                 last = max(list_checkpoints(output_dir).values(), key=lambda path: path.stat().st_mtime, default=None)
-                way_on = f"the last checkpoint, {last}, is good; " if last else ""
+                way_on = f"the loss was still finite at the last checkpoint, {last}; " if last else ""
                 raise UserError(
                     f"{error} at step {progress.step + 1}{where}: training has diverged, or these rows are amiss; "
                     f"{way_on}lower --learning_rate, or warm up longer"

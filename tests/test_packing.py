@@ -552,3 +552,20 @@ def test_a_little_text_between_much_that_is_empty_is_found(folder):
         other = stream_of(files, tokenizer, window=1)
         other.load_state_dict(through_json(stream.state_dict()))
         assert take(other, 30 - given) == whole[given:]
+
+
+def test_a_stream_whose_text_is_gone_is_not_read_for_ever(folder):
+    tokenizer = tiny_tokenizer(0)
+    stream = stream_of(write_files(folder, [[40, 40]]), tokenizer, window=1)
+    take(stream, 5)
+    (blank,) = write_files(folder, [[0, 0]])
+    other = stream_of([blank], tokenizer, window=1)
+    other.load_state_dict(stream.state_dict())
+    with pytest.raises(UserError, match="there is no text in the stream of documents"):
+        take(other, 30)
+
+
+def test_special_tokens_that_a_text_spells_are_text():
+    tokenizer = tiny_tokenizer(0)
+    (ids,) = encode(tokenizer, [f"the {tokenizer.mask_token} of {tokenizer.sep_token} it"])
+    assert not {tokenizer.mask_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id} & set(ids)

@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,8 +24,16 @@ import pyarrow as pa
 import pytest
 import torch
 from pyarrow import parquet
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, T5Config
-from transformers import T5ForSequenceClassification as T5Classifier
+from tokenizers import normalizers, processors
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForSequenceClassification,
+)
 
 import predict
 from common import UserError, run_main
@@ -242,9 +251,9 @@ def test_answers_are_those_of_each_document_alone(name, models, documents, expec
     shapes = []
     real = predict.forward
 
-    def forward(classifier, rows):
-        shapes.append((len(rows), max(row.length for row in rows)))
-        return real(classifier, rows)
+    def forward(rows, classifier):
+        shapes.append((len(rows), max(map(len, rows)) + 2))
+        return real(rows, classifier)
 
     monkeypatch.setattr(predict, "forward", forward)
     for tokens, chunk in ((1, 3), (60, 256), (60, 4), (16384, 256)):
@@ -253,12 +262,12 @@ def test_answers_are_those_of_each_document_alone(name, models, documents, expec
         rows = run(models[name], documents, tmp_path / "out.jsonl", *settings)
         assert_rows(rows, expected[name])
         assert all(count == 1 or count * length <= tokens for count, length in shapes)
-        # Documents of about one length are read together: the longest come first.
-        in_chunks = [shapes] if chunk == 256 else []
-        assert all(lengths == sorted(lengths, reverse=True) for lengths in ([n for _, n in one] for one in in_chunks))
-        batches = {(1, 3): len(TEXTS), (16384, 256): 1}.get((tokens, chunk))
-        assert batches is None or len(shapes) == batches
-    assert max(count for count, _ in shapes) == len(TEXTS)
+        if chunk == 256:
+            # Documents of about one length are read together.
+            assert [length for _, length in shapes] == sorted((length for _, length in shapes), reverse=True)
+        if tokens == 1:
+            assert len(shapes) == len(TEXTS)
+    assert shapes == [(len(TEXTS), N)]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
@@ -293,24 +302,27 @@ def test_outputs(suffix, bert, expected, documents, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_windows_count_by_their_tokens(name, models, documents, expected, tmp_path):
+def test_windows_count_alike(name, models, documents, expected, tmp_path):
     rows = run(models[name], documents, tmp_path / "out.jsonl", "--windows", "true")
     model = AutoModelForSequenceClassification.from_pretrained(models[name]).eval()
     tokenizer = AutoTokenizer.from_pretrained(models[name])
-    several = 0
+    others = 0
     for row, text, whole in zip(rows, TEXTS, expected[name], strict=True):
-        (first, *inside, last) = tokenizer(text, verbose=False)["input_ids"]
+        first, *inside, last = tokenizer(text, verbose=False)["input_ids"]
+        count = math.ceil(len(inside) / (N - 2))
         scores = torch.zeros(len(LABELS))
-        for start in range(0, len(inside), N - 2):
-            window = inside[start : start + N - 2]
+        for number in range(count):
+            # Some have a token more, the first ones.
+            sizes = [len(inside) // count + (part < len(inside) % count) for part in range(count)]
+            window = inside[sum(sizes[:number]) : sum(sizes[: number + 1])]
+            assert 0 < len(window) <= N - 2
             with torch.no_grad():
-                logits = model(torch.tensor([[first, *window, last]])).logits[0]
-            scores += logits.softmax(-1) * len(window) / len(inside)
+                scores += model(torch.tensor([[first, *window, last]])).logits[0].softmax(-1) / count
         assert [row[label] for label in LABELS] == pytest.approx(scores.tolist(), abs=1e-5)
         assert row["label"] == LABELS[int(scores.argmax())] and row["score"] == row[row["label"]]
         assert row["tokens"] == whole["tokens"] and row["cut"] is False
-        several += whole["cut"] and row["score"] != pytest.approx(whole["score"], abs=1e-3)
-    assert several >= 2
+        others += whole["cut"] and row["war"] != pytest.approx(whole["war"], abs=1e-3)
+    assert others >= 2
 
 
 def test_the_tokenizer_says_from_which_side_is_cut(bert, documents, tmp_path, monkeypatch):
@@ -319,8 +331,8 @@ def test_the_tokenizer_says_from_which_side_is_cut(bert, documents, tmp_path, mo
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"truncation_side": "left"}))
     last = [answer(folder, text)[0] for text in TEXTS]
     assert last[0] != pytest.approx(answer(bert, TEXTS[0])[0], abs=1e-3)
-    for characters in (predict.TOKENIZED_CHARACTERS, 120):
-        monkeypatch.setattr(predict, "TOKENIZED_CHARACTERS", characters)
+    for characters in (predict.PIECE_CHARACTERS, 60):
+        monkeypatch.setattr(predict, "PIECE_CHARACTERS", characters)
         rows = run(folder, documents, tmp_path / "out.jsonl")
         scores = [torch.tensor(logits).softmax(-1).tolist() for logits in last]
         assert [[row[label] for label in LABELS] for row in rows] == [pytest.approx(row, abs=1e-5) for row in scores]
@@ -330,9 +342,8 @@ def test_the_tokenizer_says_from_which_side_is_cut(bert, documents, tmp_path, mo
 def test_long_texts_are_tokenized_in_pieces(kind, monkeypatch):
     """Without a loss, and not too many of them at a time."""
     tokenizer = tiny_tokenizer(0) if kind == "words" else AutoTokenizer.from_pretrained(ROOT / "tokenizer")
-    classifier = predict.Classifier(None, tokenizer, N, LABELS, "single_label_classification")
     texts = [*TEXTS, words(900, 1), "\n ".join(words(90, seed) for seed in range(9)), "people" * 400]
-    whole = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
+    whole = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
     given = []
     real = type(tokenizer).__call__
 
@@ -341,19 +352,37 @@ def test_long_texts_are_tokenized_in_pieces(kind, monkeypatch):
         return real(self, text, **kwargs)
 
     monkeypatch.setattr(type(tokenizer), "__call__", call)
+    monkeypatch.setattr(predict, "PIECE_CHARACTERS", 100)
     monkeypatch.setattr(predict, "TOKENIZED_CHARACTERS", 300)
-    for windows in (False, True):
-        given.clear()
-        rows, lengths = predict.tokenize(texts, classifier, windows)
-        assert "".join(sum(given, [])) == "".join(texts) and max(map(len, sum(given, []))) == 300
-        assert all(sum(map(len, some)) < 600 for some in given)
-        # The last text has no space to cut it at.
-        assert lengths[:-1] == [len(input_ids) for input_ids in whole[:-1]]
-        for index, input_ids in enumerate(whole[:-1]):
-            read = [token for row in rows if row.document == index for token in row.inputs["input_ids"][1:-1]]
-            assert read == (input_ids[1:-1] if windows else input_ids[1:-1][: N - 2])
-        assert {row.length for row in rows} <= set(range(3, N + 1))
-        assert all(row.length == len(row.inputs["input_ids"]) for row in rows)
+    tokens = predict.tokenize(texts, tokenizer)
+    assert "".join(sum(given, [])) == "".join(texts) and max(map(len, sum(given, []))) == 100
+    assert all(sum(map(len, some)) < 400 for some in given) and len(given) < len(sum(given, [])) / 2
+    # The last text has no space to cut it at.
+    assert [of_text.tolist() for of_text in tokens[:-1]] == whole[:-1]
+    assert len(tokens[-1]) >= 24
+
+
+@pytest.mark.parametrize("model_type", ["bert", "xlnet", "gpt2"])
+def test_rows_are_given_as_the_tokenizer_would(model_type):
+    """Also with types of tokens, special tokens at one end only, and none at all."""
+    tokenizer = tiny_tokenizer(0)
+    if model_type == "bert":
+        tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    elif model_type == "xlnet":
+        after = processors.TemplateProcessing("$A:0 [SEP]:0 [CLS]:2", special_tokens=[("[SEP]", 3), ("[CLS]", 2)])
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer.backend_tokenizer, pad_token="[PAD]", padding_side="left"
+        )
+        tokenizer.backend_tokenizer.post_processor = after
+        tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    else:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("$A:0")
+    assert tokenizer.num_special_tokens_to_add() == (0 if model_type == "gpt2" else 2)
+    rows = predict.tokenize(TEXTS, tokenizer)
+    ours = tokenizer.pad(predict.with_special_tokens(rows, tokenizer), return_tensors="pt")
+    theirs = tokenizer(TEXTS, padding=True, return_tensors="pt", verbose=False)
+    assert ours.keys() == theirs.keys() and len(ours) == (2 if model_type == "gpt2" else 3)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_document_of_a_megabyte(bert, expected, tmp_path):
@@ -548,8 +577,6 @@ def test_no_token_and_no_finite_number(bert, tmp_path, documents):
     assert {row["error"] for row in rows} == {"not finite: what the model answers"}
     # WordPiece drops control characters, after which nothing is left.
     tokenizer = tiny_tokenizer(0)
-    from tokenizers import normalizers
-
     tokenizer.backend_tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.save_pretrained(folder)
     path = write_lines(tmp_path / "control.jsonl", [{"text": "\u0001\u0002"}])
@@ -595,21 +622,27 @@ def test_output_is_never_replaced_unasked_nor_half(bert, documents, tmp_path, ca
     with pytest.raises(UserError, match=r"out.csv is there: go on"):
         predict.main(options(bert, documents, output))
     # Another run that does not come to its end.
+    again = ["--chunk_size", 2, "--windows", "true", "--resume", "true"]
     stop(bert, documents, output, "--windows", "true", "--overwrite", "true")
     assert output.read_bytes() == whole and part.exists()
     capsys.readouterr()
-    predict.main(options(bert, documents, output, "--windows", "true", "--resume", "true"))
+    predict.main(options(bert, documents, output, *again))
     assert output.read_bytes() != whole and not part.exists()
     assert "6 documents in" in capsys.readouterr().out
     # A run that is at its end has nothing to do, if it is the same.
     whole = output.read_bytes()
-    predict.main(options(bert, documents, output, "--windows", "true", "--resume", "true"))
+    predict.main(options(bert, documents, output, *again))
     assert "out.csv is whole: there is nothing to do" in capsys.readouterr().out
     with pytest.raises(UserError, match="cannot resume .*out.csv with other arguments: windows was True and is False"):
         predict.main(options(bert, documents, output, "--resume", "true"))
+    # What a run leaves that began to replace it and was killed before it had written down that it began.
+    part.write_bytes(whole[:9])
+    predict.main(options(bert, documents, output, *again))
+    assert "nothing to resume for" in capsys.readouterr().err
+    assert output.read_bytes() == whole and not part.exists()
     (tmp_path / "out.csv.progress.json").unlink()
     with pytest.raises(UserError, match="out.csv is there, but not .*out.csv.progress.json; replace it with"):
-        predict.main(options(bert, documents, output, "--windows", "true", "--resume", "true"))
+        predict.main(options(bert, documents, output, *again))
     assert output.read_bytes() == whole
     with pytest.raises(UserError, match="--resume goes on and --overwrite begins again"):
         predict.main(options(bert, documents, output, "--resume", "true", "--overwrite", "true"))
@@ -648,7 +681,7 @@ def test_only_the_same_run_is_resumed(bert, documents, tmp_path):
     (model / "tokenizer.json").write_text(tokenizer)
 
     lines = documents.read_text().splitlines(keepends=True)
-    for other in (["{}\n", *lines[1:]], lines[1:], lines[:3], [lines[1], lines[0], *lines[2:]]):
+    for other in (['{"text": "of"}\n', *lines[1:]], lines[1:], lines[:3], [lines[1], lines[0], *lines[2:]]):
         documents.write_text("".join(other))
         refused("the first 4 documents are not those that it was made of; begin again with --overwrite true")
     documents.write_text("".join(lines))
@@ -663,8 +696,13 @@ def test_a_resumed_run_may_take_other_batches(bert, documents, tmp_path, expecte
     predict.main(options(bert, documents, output, *settings))
     assert_rows(read(output), expected["bert"])
     # The summary is of all documents, the speed of those that were left.
+    wanted = expected["bert"]
+    counts = Counter(row["label"] for row in wanted)
     printed = capsys.readouterr().out
-    assert "of 10 (" in printed and "\n6 documents in" in printed
+    assert [line.split()[:2] for line in printed.splitlines()[1 : 1 + len(counts)]] == [
+        [label, str(count)] for label, count in counts.most_common()
+    ]
+    assert f"{sum(row['cut'] for row in wanted)} of 10 (" in printed and "\n6 documents in" in printed
 
 
 def test_a_full_disk_is_said_and_survived(bert, documents, tmp_path, monkeypatch):
@@ -686,8 +724,6 @@ def test_a_full_disk_is_said_and_survived(bert, documents, tmp_path, monkeypatch
 
 
 def test_a_device_that_is_full_is_said(bert, documents, tmp_path, monkeypatch):
-    from transformers import BertForSequenceClassification
-
     def forward(self, **inputs):
         raise torch.OutOfMemoryError
 
@@ -919,7 +955,7 @@ def test_models_that_are_no_trained_classifiers_are_refused(bert, models, docume
     refused(folder, "must be a fast one, with a token to pad with")
 
     t5 = T5Config(vocab_size=53, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, eos_token_id=3)
-    T5Classifier(t5).save_pretrained(tmp_path / "t5")
+    T5ForSequenceClassification(t5).save_pretrained(tmp_path / "t5")
     tokenizer = tiny_tokenizer(0)
     tokenizer.model_max_length = 10**30
     tokenizer.save_pretrained(tmp_path / "t5")

@@ -717,7 +717,7 @@ def seconds_or_steps(output_dir: Path, seconds: float, steps: int) -> Callable[[
 
 @pytest.mark.slow
 def test_it_resumes_exactly_after_being_killed_twenty_times(runs):
-    given = ["--max_train_steps", 120, "--eval_steps", 25]
+    given = ["--max_train_steps", 150, "--eval_steps", 25]
     whole = runs.pretrain(*given, output="whole")
     generator = random.Random(0)
     arguments = runs.options(*given, "--checkpointing_steps", 2, "--resume_from_checkpoint", "last")
@@ -738,14 +738,16 @@ def test_it_resumes_exactly_after_being_killed_twenty_times(runs):
             code = run(arguments, until=seen)
         assert code == -signal.SIGKILL, f"kill {index}"
         assert not (output_dir / "all_results.json").exists()
-    assert not moments and 30 < newest(output_dir) < 120
+    # Eight of the runs went on for two steps at least.
+    assert not moments and 16 <= newest(output_dir) < 150
     assert run(arguments, moment=("the model is put in place", 2)) == -signal.SIGKILL
     assert run(arguments) == 0
     assert_same_end(output_dir, whole)
-    # The checkpoints that are left: the newest ones and the best.
+    # The checkpoints that are left: the newest two and those that they call the best.
     assert all(is_intact(path) for path in list_checkpoints(output_dir).values())
-    best = min(history(whole), key=lambda row: row["eval_loss"])["step"]
-    assert set(list_checkpoints(output_dir)) == {118, 120, best}
+    rows = [row for row in history(whole) if row["step"] <= 148], history(whole)
+    bests = {min(known, key=lambda row: row["eval_loss"])["step"] for known in rows}
+    assert set(list_checkpoints(output_dir)) == {148, 150, *bests}
 
 
 @pytest.mark.slow
@@ -1150,7 +1152,6 @@ BAD_OPTIONS: dict[str, tuple[list, tuple, str]] = {
     "split of a file": (["--validation_split", "test"], SPLIT, "--validation_split names a split of --dataset_name"),
     "two held-out texts": (["--validation_split", "test"], (), "either --validation_file or --validation_split"),
     "nothing held out": (["--validation_split_percentage", 0], SPLIT, "cannot hold out 0.0 % of 60 documents"),
-    "hardly held out": (["--validation_split_percentage", 0.5], SPLIT, "1 held-out documents have .* not enough"),
     "all held out": (["--validation_split_percentage", 100], SPLIT, "cannot hold out 100.0 % of 60 documents"),
     "less than nothing": (["--validation_split_percentage", -5], SPLIT, "cannot hold out -5.0 % of 60 documents"),
     "share of no number": (["--validation_split_percentage", "nan"], SPLIT, "--validation_split_percentage|hold out"),
