@@ -16,23 +16,20 @@ bytes.
 """
 
 import csv
-import gzip
 import hashlib
 import io
 import json
 import math
 import os
-import re
 import sys
 import time
-import zlib
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TextIO, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -47,7 +44,9 @@ from transformers.utils import logging
 
 # Registers the model with the Auto classes: a Linformer then needs no remote code.
 import hf_linformer  # noqa: F401
-from common import FILE_TYPES, TEXT_COLUMNS, UserError, format_table, one_line, parse_arguments, run_main
+from common import UserError, format_table, one_line, parse_arguments, run_main
+from documents import Document, count_documents, find_columns, find_files, kind_of, read_documents
+from loading import longest_input
 
 
 @dataclass
@@ -103,228 +102,7 @@ FREE_ARGUMENTS = ("resume", "overwrite", "chunk_size", "per_device_eval_batch_to
 CHUNK_CHARACTERS = 4_000_000
 # The tokenizer takes some 500 bytes a token: texts go to it in pieces, so many characters of them at a time.
 PIECE_CHARACTERS, TOKENIZED_CHARACTERS = 50_000, 500_000
-# Of one value in a csv or json file: more means a quote or a bracket that is never closed.
-LARGEST_VALUE = 2**27
-BLOCK = 2**20
-READ_ERRORS = (OSError, EOFError, ValueError, RecursionError, zlib.error, csv.Error, pa.ArrowException)
 Item = TypeVar("Item")
-
-
-# Documents
-
-
-class Document(NamedTuple):
-    """A text, or the reason why there is none."""
-
-    id: str
-    text: str = ""
-    error: str = ""
-
-
-def kind_of(path: Path) -> str:
-    """The suffix that says how a file is read, .gz left out."""
-    return Path(path.name.lower().removesuffix(".gz")).suffix
-
-
-def find_files(given: Sequence[str], written: Container[Path]) -> dict[str, Path | None]:
-    """The files by the names they have in the output; None: standard input. written: files that are no input"""
-    files: dict[str, Path | None] = {}
-    others: Counter[str] = Counter()
-    for name in given:
-        path = Path(name)
-        if name == "-":
-            files["stdin"] = None
-        elif path.is_dir():
-            for file in sorted(path.rglob("*")):
-                inside = file.relative_to(path)
-                if file.is_dir() or any(part.startswith(".") for part in inside.parts) or file.resolve() in written:
-                    continue
-                if kind_of(file) in FILE_TYPES:
-                    files[str(inside if len(given) == 1 else file)] = file
-                else:
-                    others[kind_of(file) or "no suffix"] += 1
-        elif not path.exists():
-            raise UserError(f"--input_file {name} does not exist")
-        elif kind_of(path) not in FILE_TYPES:
-            raise UserError(f"--input_file {name} is of unknown type {kind_of(path)!r}; known: {list(FILE_TYPES)}")
-        elif path.resolve() in written:
-            raise UserError(f"--input_file {name} is what --output_file would replace")
-        else:
-            files[name] = path
-    if others:
-        found = ", ".join(f"{count} of {suffix}" for suffix, count in others.most_common())
-        print(f"warning: files of other types are left out: {found}", file=sys.stderr)
-    if not files:
-        raise UserError(f"--input_file {' '.join(given)} holds no file of {list(FILE_TYPES)}")
-    return files
-
-
-def open_bytes(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path)) if path.name.lower().endswith(".gz") else path.open("rb")
-
-
-def as_text(file: BinaryIO, newline: str) -> TextIO:
-    # Bytes that are no UTF-8 become lone surrogates, by which `problem_of` finds the documents that hold them.
-    return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
-
-
-def rows_of_csv(path: Path) -> Iterator[Any]:
-    csv.field_size_limit(LARGEST_VALUE)
-    with as_text(open_bytes(path), newline="") as file:
-        reader = csv.reader(file, delimiter="\t" if kind_of(path) == ".tsv" else ",", strict=True)
-        columns = next(reader, [])
-        while True:
-            before = reader.line_num
-            try:
-                values = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                # A quote that is not closed takes all that follows with it.
-                yield ValueError(f"lines {before + 1:,} to {reader.line_num:,}: {error}")
-                continue
-            if len(values) == len(columns):
-                yield dict(zip(columns, values))
-            elif values:
-                yield ValueError(f"the row has {len(values)} values for {len(columns)} columns")
-
-
-def rows_of_lines(path: Path) -> Iterator[Any]:
-    with as_text(open_bytes(path), newline="\n") as file:
-        for line in filter(str.strip, file):
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield error
-
-
-def rows_of_json(path: Path) -> Iterator[Any]:
-    """The items of a list, parsed as they are needed, or a row a line."""
-    with as_text(open_bytes(path), newline="\n") as file:
-        text, start = file.read(BLOCK).lstrip(), 1
-        if not text.startswith("["):
-            yield from rows_of_lines(path)
-            return
-        decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
-        while not text.startswith("]", start := start + len(between.match(text, start)[0])):  # type: ignore[index]
-            try:
-                row, end = decoder.raw_decode(text, start)
-            except ValueError:
-                end = len(text)
-            if end < len(text):
-                yield row
-                start = end
-                continue
-            # What has been read may end within a row. Twice as much each time, so that a long row is not parsed often.
-            more = file.read(max(BLOCK, len(text) - start))
-            if not more or len(text) - start > LARGEST_VALUE:
-                raise ValueError("the list is broken, or has no end")
-            text, start = text[start:] + more, 0
-
-
-def rows_of_parquet(path: Path, columns: list[str] | None) -> Iterator[Any]:
-    with open_bytes(path) as file:
-        for batch in parquet.ParquetFile(file, buffer_size=BLOCK).iter_batches(batch_size=16, columns=columns):
-            # As bytes, since one string that is no UTF-8 would make all of the batch unreadable.
-            values = [
-                column.cast(pa.large_binary()) if column.type in (pa.string(), pa.large_string()) else column
-                for column in batch.columns
-            ]
-            yield from (dict(zip(batch.schema.names, row)) for row in zip(*(column.to_pylist() for column in values)))
-
-
-def rows_of(path: Path, columns: list[str] | None = None) -> Iterator[Any]:
-    """The rows of a table, of which some can be an exception, or no dictionary. columns: the ones that are needed"""
-    kind = kind_of(path)
-    if kind == ".parquet":
-        return rows_of_parquet(path, columns)
-    return {".jsonl": rows_of_lines, ".json": rows_of_json}.get(kind, rows_of_csv)(path)
-
-
-def find_columns(name: str, path: Path, arguments: Arguments) -> list[str]:
-    """The column of the text and, if wanted, that of the id, by the first row; [] if no row can be read."""
-    try:
-        row = next((row for row in rows_of(path) if isinstance(row, dict)), None)
-    except READ_ERRORS:
-        row = None
-    if row is None:
-        return []
-    given = [column for column in (arguments.text_column, arguments.id_column) if column is not None]
-    if unknown := [column for column in given if column not in row]:
-        raise UserError(f"{name} has no column {unknown[0]!r}; it has {list(row)}")
-    if arguments.text_column is not None:
-        return given
-    texts = [names[0] for names in TEXT_COLUMNS if len(names) == 1 and names[0] in row][:1]
-    texts = texts or [key for key in row if isinstance(row[key], (str, bytes)) and key != arguments.id_column]
-    if len(texts) != 1:
-        raise UserError(f"cannot tell which of {list(row)} of {name} holds the text; name it with --text_column")
-    return texts + given
-
-
-def problem_of(text: Any) -> str:
-    """Why something cannot be classified; empty if it can."""
-    if text is None:
-        return "no text"
-    if not isinstance(text, str):
-        return f"not text: {type(text).__name__}"
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code, position = ord(text[error.start]), len(text[: error.start].encode())
-        what = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"half a character, U+{code:04X},"
-        return f"not valid UTF-8: {what} at position {position} of the text"
-    return "" if text.strip() else "empty"
-
-
-def document_of(name: Any, value: Any) -> Document:
-    """The document that a value is, or cannot be."""
-    name, value = (
-        item.decode("utf-8", "surrogateescape") if isinstance(item, bytes) else item for item in (name, value)
-    )
-    problem = f"cannot be read: {one_line(value)}" if isinstance(value, Exception) else problem_of(value)
-    # Names can hold what is no UTF-8, and have to be written all the same.
-    name, problem = (str(text).encode("utf-8", "backslashreplace").decode() for text in (name, problem))
-    return Document(name, "" if problem else value, problem)
-
-
-def documents_of_table(name: str, path: Path, columns: list[str]) -> Iterator[Document]:
-    number = 0
-    for number, row in enumerate(rows_of(path, columns or None), start=1):
-        row_id = None
-        if isinstance(row, dict):
-            row, row_id = [*(row.get(column) for column in columns), None, None][:2]
-        elif not isinstance(row, Exception):
-            row = ValueError(f"the row is a {type(row).__name__}, which has no columns")
-        yield document_of(f"{name}:{number}" if row_id is None else row_id, row)
-    if number == 0:
-        yield document_of(name, ValueError("the file holds no rows"))
-
-
-def read_documents(files: Mapping[str, Path | None], columns: Mapping[str, list[str]]) -> Iterator[Document]:
-    """All documents, one after the other; what cannot be read is among them, with its reason."""
-    for name, path in files.items():
-        try:
-            if path is None:
-                lines = as_text(sys.stdin.buffer, newline="\n")
-                yield from (document_of(f"{name}:{number}", line) for number, line in enumerate(lines, start=1))
-            elif kind_of(path) == ".txt":
-                with as_text(open_bytes(path), newline="") as file:
-                    text = file.read()
-                yield document_of(name, text)
-            else:
-                yield from documents_of_table(name, path, columns[name])
-        except READ_ERRORS as error:
-            yield document_of(name, error)
-
-
-def count_documents(files: Mapping[str, Path | None]) -> int | None:
-    """How many there are, if that is known without reading them: a txt file is one, and parquet files say it."""
-    try:
-        return sum(
-            1 if path and kind_of(path) == ".txt" else parquet.read_metadata(path).num_rows for path in files.values()
-        )
-    except (*READ_ERRORS, TypeError):
-        return None
 
 
 def grouped(items: Iterable[Item], size_of: Callable[[Item], int], limit: int, most: int) -> Iterator[list[Item]]:
@@ -373,11 +151,7 @@ def load_classifier(arguments: Arguments) -> Classifier:
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(f"the tokenizer of {name} has {len(tokenizer)} entries, the model {model.config.vocab_size}")
 
-    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
-    for module_name, module in model.named_modules():
-        # RoBERTa and its kin count positions from pad_token_id + 1.
-        if module_name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            positions = module.num_embeddings - module.padding_idx - 1
+    positions = longest_input(model) or math.inf
     # The tokenizer knows the length of training; the model's table of positions may be longer.
     max_length = arguments.max_length or min(tokenizer.model_max_length, positions)
     special = tokenizer.num_special_tokens_to_add()
@@ -699,7 +473,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("text_column", "id_column"):
         if getattr(arguments, name) is not None and not tables:
             raise UserError(f"--{name} needs a table, and {' '.join(arguments.input_file)} holds plain text only")
-    table_columns = {name: find_columns(name, path, arguments) for name, path in tables.items()}
+    table_columns = {
+        name: find_columns(name, path, arguments.text_column, arguments.id_column) for name, path in tables.items()
+    }
     logging.disable_progress_bar()
     classifier = load_classifier(arguments)
     schema, columns = schema_of(classifier)

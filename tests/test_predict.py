@@ -37,6 +37,7 @@ from transformers import (
 
 import predict
 from common import UserError, run_main
+from documents import rows_of
 from hf_linformer import LinformerConfig
 from tiny import WORDS, save_classifier, save_source, tiny_tokenizer
 
@@ -191,10 +192,10 @@ def test_a_json_file_can_hold_lines_and_long_lists(bert, expected, tmp_path, mon
     # A block ends in the middle of every row, between rows, and in brackets that are text.
     texts = ["]}, {[", *TEXTS, '\\ " ]']
     for block in range(1, 60, 7):
-        monkeypatch.setattr(predict, "BLOCK", block)
+        monkeypatch.setattr("documents.BLOCK", block)
         for indent in (None, 1):
             path.write_text(json.dumps([{"text": text} for text in texts], indent=indent))
-            assert [row["text"] for row in predict.rows_of(path)] == texts
+            assert [row["text"] for row in rows_of(path)] == texts
 
 
 def test_folders_are_read_in_order_and_all_through(bert, expected, tmp_path, capsys):
@@ -863,7 +864,7 @@ def test_no_more_is_read_than_a_chunk(bert, tmp_path, monkeypatch):
 @pytest.mark.parametrize("suffix", [".txt", ".csv", ".json", ".jsonl", ".parquet", ".jsonl.gz"])
 def test_memory_does_not_grow_with_the_documents(suffix, bert, tmp_path, monkeypatch):
     monkeypatch.setattr(predict, "CHUNK_CHARACTERS", 40_000)
-    monkeypatch.setattr(predict, "BLOCK", 2**13)
+    monkeypatch.setattr("documents.BLOCK", 2**13)
 
     def no_answers(texts, classifier, arguments):
         return torch.zeros(len(texts), len(LABELS)), [9] * len(texts)
