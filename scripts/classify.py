@@ -41,12 +41,17 @@ class ClassifyArguments:
 def load(name: str, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, ready to classify, and its tokenizer."""
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            name, trust_remote_code=trust_remote_code, use_safetensors=True
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            name, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load the model {name}: {one_line(error)}") from error
+    if lost := sorted(report["missing_keys"]):
+        raise UserError(
+            f"{name} is no trained classifier: it lacks {len(lost)} weights of a {type(model).__name__}, such as "
+            f"{lost[0]}; scripts/finetune.py trains them"
+        )
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
@@ -100,9 +105,13 @@ def classify(
             )
     batch = tokenizer(texts, truncation=True, max_length=limit, padding=True, return_tensors="pt").to(model.device)
     logits = model(**batch).logits.float()
-    if model.config.problem_type == "regression":
+    usual = "regression" if logits.shape[-1] == 1 else "single_label_classification"
+    problem_type = model.config.problem_type or usual
+    if problem_type == "regression":
         return [[("value", value)] for value in logits.squeeze(-1).tolist()]
-    best = logits.softmax(-1).topk(min(top_k, logits.shape[-1]))
+    # Of several labels at a time each has a probability of its own.
+    scores = logits.sigmoid() if problem_type == "multi_label_classification" else logits.softmax(-1)
+    best = scores.topk(min(top_k, logits.shape[-1]))
     names: dict[int, str] = model.config.id2label  # type: ignore[assignment]
     return [
         [(names[index], probability) for index, probability in zip(indices, probabilities)]

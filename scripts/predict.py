@@ -10,9 +10,8 @@ text has more tokens than were read), `error` (why the document was skipped, els
 `value` in place of labels; a multi-label model gives every label of at least --threshold, and no `score`.
 
 Documents are read, classified and written in chunks, in the order of the input, and memory does not grow with their
-number. The output appears when it is whole. A run that was killed goes on with --resume true and ends with the same
-bytes.
-`<output_file>.progress.json` stays beside the output, and says what it was made of.
+number. The output appears when it is whole; `<output_file>.progress.json` stays beside it and says what it is made of.
+A run that was killed goes on with --resume true and ends with the same bytes.
 """
 
 import csv

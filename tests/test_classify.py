@@ -116,9 +116,10 @@ def test_pairs(saved, capsys):
         in_process(saved, "one", "--pairs")
 
 
-def test_regression_prints_the_number(saved, tmp_path, capsys):
+@pytest.mark.parametrize("problem_type", ["regression", None])
+def test_regression_prints_the_number(problem_type, saved, tmp_path, capsys):
     torch.manual_seed(1)
-    config = LinformerConfig.from_pretrained(saved, num_labels=1, problem_type="regression")
+    config = LinformerConfig.from_pretrained(saved, num_labels=1, problem_type=problem_type)
     model = LinformerForSequenceClassification(config).eval()
     model.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(saved)
@@ -127,6 +128,25 @@ def test_regression_prints_the_number(saved, tmp_path, capsys):
     with torch.no_grad():
         value = model(**tokenizer(TEXTS[0], return_tensors="pt")).logits.item()
     assert capsys.readouterr().out == f"value {value:.3f}\n"
+
+
+def test_several_labels_have_a_probability_each(saved, tmp_path, capsys):
+    model = LinformerForSequenceClassification.from_pretrained(saved, problem_type="multi_label_classification").eval()
+    model.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    tokenizer.save_pretrained(tmp_path)
+    in_process(tmp_path, TEXTS[0], "--top_k", "3")
+    with torch.no_grad():
+        scores = model(**tokenizer(TEXTS[0], return_tensors="pt")).logits[0].sigmoid().tolist()
+    ranked = sorted(zip(scores, LABELS), reverse=True)
+    assert capsys.readouterr().out == "  ".join(f"{label} {score:.3f}" for score, label in ranked) + "\n"
+
+
+def test_a_model_whose_head_was_never_trained_is_refused(saved, tmp_path):
+    LinformerForSequenceClassification.from_pretrained(saved).linformer.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(saved).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is no trained classifier: it lacks 4 weights .* classifier.dense.bias"):
+        in_process(tmp_path, "text")
 
 
 def test_bad_input_is_refused(saved, tmp_path):
