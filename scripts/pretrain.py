@@ -102,13 +102,15 @@ class PretrainingArguments:
         default=None, metadata={"help": "Instead of a file: a split of --dataset_name."}
     )
     validation_split_percentage: float = field(
-        default=5.0, metadata={"help": "Without either: the share of the documents that is held out, at least one."}
+        default=5.0,
+        metadata={"help": "Without either: the share of the documents that is held out, at least a block."},
     )
     max_eval_samples: int = field(
         default=500, metadata={"help": "Evaluate on at most so many blocks, spread evenly over the held-out text."}
     )
     dataloader_num_workers: int = field(
-        default=0, metadata={"help": "Processes that read ahead; 0 for none. With --streaming its changes the order."}
+        default=0,
+        metadata={"help": "Processes that read ahead; 0 for none. With --streaming their number changes the order."},
     )
 
 
@@ -242,18 +244,19 @@ def load_blocks(
     if held_out is None:
         assert train_set is not None
         share, rows = arguments.validation_split_percentage / 100, len(train_set)
-        count = max(1, round(rows * share)) if 0 < share < 1 else 0
+        # The same for every --seed, so that perplexities compare.
+        drawn = np.random.default_rng(EVALUATION_SEED).permutation(rows)
+        lengths = np.asarray(train_set["length"][:], dtype=np.int64)[drawn] + 1
+        enough_for_a_block = int(np.searchsorted(np.cumsum(lengths), length)) + 1
+        count = max(enough_for_a_block, round(rows * share)) if 0 < share < 1 else 0
         if not 0 < count < rows:
             raise UserError(
                 f"cannot hold out {arguments.validation_split_percentage} % of {rows} documents; change "
                 "--validation_split_percentage, give --validation_file, or divide .txt files by --sample_by paragraph"
             )
-        # The same for every --seed, so that perplexities compare.
-        drawn = np.random.default_rng(EVALUATION_SEED).permutation(rows)
         held_out, train_set = (train_set.select(np.sort(part)) for part in (drawn[:count], drawn[count:]))
-    return None if train_set is None else pack(train_set, length, frame, "training"), pack(
-        held_out, length, frame, "held-out"
-    )
+    blocks = None if train_set is None else pack(train_set, length, frame, "training")
+    return blocks, pack(held_out, length, frame, "held-out")
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ python -m pytest tests/test_fsdp.py
 """
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,7 +43,8 @@ def one_of_two(rank: int, port: int, arguments: list[str]) -> None:
     torch.set_num_threads(1)
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
-    test_pretrain.run_script(arguments)
+    output_dir = Path(arguments[arguments.index("--output_dir") + 1])
+    test_pretrain.run_script(arguments, report=output_dir.with_name(f"error-{rank}.txt"))
 
 
 @pytest.fixture(autouse=True)
@@ -86,3 +88,4 @@ def test_divided_weights_resume_exactly_after_being_killed(runs):  # noqa: F811
 
 def test_the_twin_is_refused(runs):  # noqa: F811
     assert run_two(runs.options("--max_train_steps", 2, "--architecture", "roberta")) == [2, 2]
+    assert (runs.folder / "error-0.txt").read_text().startswith("FSDP refuses the bias")
