@@ -17,7 +17,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from common import DataArguments, UserError, append_result, format_table, load_examples, parse_arguments, run_main
+from common import UserError, append_result, format_table, parse_arguments, run_main
+from examples import DataArguments, is_multi_label, load_examples
 from metrics import choose_metrics
 
 
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     examples, label_names = load_examples(data_arguments, arguments.seed)
     if label_names is None:
         raise UserError("the baselines are classifiers, and the labels are numbers; give --do_regression false if not")
+    if is_multi_label(examples):
+        raise UserError("the baselines give a text one class, and here it may have several labels")
     compute_metrics = choose_metrics(len(label_names))
     models = {
         "majority class": DummyClassifier(strategy="most_frequent"),

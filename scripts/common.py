@@ -1,4 +1,4 @@
-"""What the scripts share: arguments from options or a file, errors a user can mend, data sets, result rows."""
+"""What the scripts share: arguments from options or a file, errors a user can mend, plain texts, result rows."""
 
 import csv
 import errno
@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import torch
 import transformers
 import yaml
-from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from filelock import FileLock
 from transformers import HfArgumentParser
@@ -41,16 +41,6 @@ FILE_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
     ".txt": ("text", {}),
 }
-
-# Tried in this order where --text_column is not given: the names of GLUE and of the usual Hub data sets.
-TEXT_COLUMNS = [
-    ["text"],
-    ["sentence"],
-    ["sentence1", "sentence2"],
-    ["premise", "hypothesis"],
-    ["question", "sentence"],
-]
-TEXT_COLUMNS += [["question1", "question2"], ["document"], ["content"], ["review"]]
 
 
 class UserError(Exception):
@@ -142,43 +132,6 @@ def _options_from_file(path: str, known: set[str]) -> list[str]:
 
 
 @dataclass
-class DataArguments:
-    """Where the texts and their labels come from."""
-
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "A data set on the Hub, or a local folder that `load_dataset` understands."}
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration, e.g. sst2 of glue."})
-    train_split_name: str = field(default="train", metadata={"help": "The split of --dataset_name to train on."})
-    validation_split_name: str = field(default="validation", metadata={"help": "Its split to choose the model by."})
-    test_split_name: str | None = field(
-        default=None, metadata={"help": "Its split to judge the chosen model on, once, at the end."}
-    )
-    train_file: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Instead of --dataset_name: csv, tsv, json, jsonl or parquet, also with .gz; several if need be."
-        },
-    )
-    validation_file: list[str] | None = field(default=None, metadata={"help": "The same for validation."})
-    test_file: list[str] | None = field(default=None, metadata={"help": "The same for the test at the end."})
-    text_column: list[str] | None = field(
-        default=None,
-        metadata={"help": "One column, or two for pairs of texts. Default: a usual name, or the only text."},
-    )
-    label_column: str | None = field(default=None, metadata={"help": "Default: label, or labels."})
-    do_regression: bool | None = field(
-        default=None,
-        metadata={"help": "Predict a number (true) or a class (false). Default: a number if labels are floats."},
-    )
-    validation_split_percentage: float = field(
-        default=10.0, metadata={"help": "The share of the training rows held out where there is no validation set."}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many rows, drawn by the seed."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "The same for validation and test."})
-
-
-@dataclass
 class TextArguments:
     """Where plain texts come from."""
 
@@ -236,6 +189,9 @@ def load_data_files(
     return splits
 
 
+TEXT_TYPES = (Value("string"), Value("large_string"))
+
+
 def only_texts(dataset: Dataset, text_column: str, name: str) -> Dataset:
     """The column of the text alone, or a `UserError` that says what `name` holds in its place."""
     if text_column not in dataset.column_names:
@@ -274,146 +230,6 @@ def load_texts(arguments: TextArguments, split: str | None = None, streaming: bo
         except (DatasetsError, OSError, EOFError, ValueError) as error:
             raise UserError(f"cannot read the stream of {name}: {one_line(error)}") from error
     return only_texts(dataset, arguments.text_column, name)
-
-
-def _load_splits(arguments: DataArguments) -> DatasetDict:
-    names = {
-        "train": arguments.train_split_name,
-        "validation": arguments.validation_split_name,
-        "test": arguments.test_split_name,
-    }
-    if arguments.dataset_name is None:
-        files = {split: getattr(arguments, f"{split}_file") for split in names}
-        if files["train"] is None:
-            raise UserError("no training data: give --dataset_name or --train_file")
-        return load_data_files({split: paths for split, paths in files.items() if paths})
-    try:
-        if Path(arguments.dataset_name, "dataset_dict.json").is_file():
-            available = load_from_disk(arguments.dataset_name)
-        else:
-            available = load_dataset(arguments.dataset_name, arguments.dataset_config_name)
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        raise UserError(f"cannot load the data set {arguments.dataset_name}: {one_line(error)}") from error
-    for split in ("train", "test"):
-        if names[split] and names[split] not in available:
-            raise UserError(f"{arguments.dataset_name} has no split {names[split]!r}; it has {sorted(available)}")
-    splits = DatasetDict({split: available[name] for split, name in names.items() if name in available})
-    files = {split: getattr(arguments, f"{split}_file") for split in ("validation", "test")}
-    return DatasetDict(splits | load_data_files({split: paths for split, paths in files.items() if paths}))
-
-
-def _find_columns(arguments: DataArguments, dataset: Dataset) -> tuple[list[str], str]:
-    columns = dataset.column_names
-    label = arguments.label_column or next((name for name in ("label", "labels") if name in columns), None)
-    if label is None:
-        raise UserError(f"no label column found among {columns}; name it with --label_column")
-    texts = arguments.text_column or next((names for names in TEXT_COLUMNS if set(names) <= set(columns)), None)
-    if texts is None:
-        texts = [name for name, kind in dataset.features.items() if name != label and kind in TEXT_TYPES]
-        if len(texts) != 1:
-            raise UserError(f"cannot tell which of {columns} holds the text; name it, or two, with --text_column")
-    if len(texts) > 2:
-        raise UserError(f"--text_column takes one column, or two for pairs of texts, not {len(texts)}: {texts}")
-    return texts, label
-
-
-TEXT_TYPES = (Value("string"), Value("large_string"))
-
-
-def _column(dataset: Dataset, name: str) -> list[Any]:
-    return dataset.with_format("arrow")[:][name].to_pylist()
-
-
-def _rows(values: Sequence[Any], wrong: Callable[[Any], bool]) -> str:
-    """The numbers, from 1, of the rows whose value is wrong, the first ten of them; empty if there are none."""
-    rows = [str(row) for row, value in enumerate(values, start=1) if wrong(value)]
-    return ", ".join(rows[:10]) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
-
-
-def _label_names(split: str, dataset: Dataset, column: str) -> list[str]:
-    """The labels of one split as names: the data set's own where it has them, else the values as text."""
-    kind, labels = dataset.features[column], _column(dataset, column)
-    if rows := _rows(labels, lambda label: label is None):
-        raise UserError(f"column {column!r} of the {split} set has no label in rows {rows}")
-    if isinstance(kind, Value) and "float" in kind.dtype:
-        raise UserError(
-            f"column {column!r} of the {split} set holds numbers such as {labels[0]}, not classes; "
-            "to predict numbers give --do_regression true"
-        )
-    count = kind.num_classes if isinstance(kind, ClassLabel) else sys.maxsize
-    if rows := _rows(labels, lambda label: isinstance(label, int) and not 0 <= label < count):
-        limit = count - 1 if isinstance(kind, ClassLabel) else "any positive number"
-        raise UserError(f"column {column!r} of the {split} set has labels outside 0 to {limit} in rows {rows}")
-    return kind.int2str(labels) if isinstance(kind, ClassLabel) else [str(label) for label in labels]
-
-
-def _numbers(split: str, dataset: Dataset, column: str) -> list[float]:
-    labels = _column(dataset, column)
-    if rows := _rows(labels, lambda label: not (isinstance(label, (int, float)) and abs(label) < float("inf"))):
-        raise UserError(f"column {column!r} of the {split} set must hold finite numbers; rows {rows} do not")
-    return [float(label) for label in labels]
-
-
-def load_examples(arguments: DataArguments, seed: int) -> tuple[DatasetDict, list[str] | None]:
-    """Load, check and cut the splits `train`, `validation` and, if asked for, `test`.
-
-    Returns them with the columns `text`, `text_pair` (for pairs) and `label`, and the names of the labels in the order
-    of their ids; for regression labels are floats and the names are None. Raises `UserError` for anything amiss.
-    """
-    splits = _load_splits(arguments)
-    for split, dataset in splits.items():
-        if len(dataset) == 0:
-            raise UserError(f"the {split} set is empty")
-    text_columns, label_column = _find_columns(arguments, splits["train"])
-    for split, dataset in splits.items():
-        for column in [*text_columns, label_column]:
-            if column not in dataset.column_names:
-                raise UserError(f"the {split} set has no column {column!r}; it has {dataset.column_names}")
-        for column in text_columns:
-            if dataset.features[column] not in TEXT_TYPES:
-                raise UserError(f"column {column!r} of the {split} set holds {dataset.features[column]}, not text")
-            if rows := _rows(_column(dataset, column), lambda text: text is None):
-                raise UserError(f"column {column!r} of the {split} set has no text in rows {rows}")
-
-    kind = splits["train"].features[label_column]
-    is_float = isinstance(kind, Value) and "float" in kind.dtype
-    label_names = None
-    if is_float if arguments.do_regression is None else arguments.do_regression:
-        labels = {split: _numbers(split, dataset, label_column) for split, dataset in splits.items()}
-    else:
-        named = {split: _label_names(split, dataset, label_column) for split, dataset in splits.items()}
-        is_integer = isinstance(kind, Value) and "int" in kind.dtype
-        label_names = sorted(set(named["train"]), key=int if is_integer else None)
-        if isinstance(kind, ClassLabel):
-            label_names = kind.names
-        if len(label_names) < 2:
-            raise UserError(f"the training set has one label only, {label_names[0]!r}: there is nothing to learn")
-        for split, names in named.items():
-            if unseen := sorted(set(names) - set(named["train"])):
-                raise UserError(f"the {split} set has labels {unseen} not seen in training, which has {label_names}")
-        ids = {name: index for index, name in enumerate(label_names)}
-        labels = {split: [ids[name] for name in names] for split, names in named.items()}
-
-    renamed = dict(zip(text_columns, ["text", "text_pair"]))
-    feature = Value("float32") if label_names is None else Value("int64")
-    for split, dataset in splits.items():
-        dataset = dataset.select_columns(text_columns).rename_columns(renamed)
-        splits[split] = dataset.add_column("label", labels[split], feature=feature)
-
-    if "validation" not in splits:
-        held_out = round(len(splits["train"]) * arguments.validation_split_percentage / 100)
-        if not 0 < held_out < len(splits["train"]):
-            raise UserError(
-                f"cannot hold out {arguments.validation_split_percentage} % of {len(splits['train'])} training rows; "
-                "change --validation_split_percentage or give a validation set"
-            )
-        divided = splits["train"].train_test_split(test_size=held_out, seed=seed)
-        splits["train"], splits["validation"] = divided["train"], divided["test"]
-    for split, dataset in splits.items():
-        limit = arguments.max_train_samples if split == "train" else arguments.max_eval_samples
-        if limit is not None and limit < len(dataset):
-            splits[split] = dataset.shuffle(seed=seed).select(range(limit))
-    return splits, label_names
 
 
 # Files that are written
@@ -524,3 +340,7 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)
+
+
+# bridge: remove
+from examples import DataArguments, load_examples  # noqa: E402,F401

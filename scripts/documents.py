@@ -18,7 +18,8 @@ from typing import Any, BinaryIO, NamedTuple, TextIO, cast
 import pyarrow as pa
 from pyarrow import parquet
 
-from common import FILE_TYPES, TEXT_COLUMNS, UserError, one_line
+from common import FILE_TYPES, UserError, one_line
+from examples import TEXT_COLUMNS
 
 
 # Of one value in a csv or json file: more means a quote or a bracket that is never closed.

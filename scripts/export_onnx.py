@@ -42,16 +42,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from common import (
-    DataArguments,
-    UserError,
-    append_result,
-    format_table,
-    load_examples,
-    one_line,
-    parse_arguments,
-    run_main,
-)
+from common import UserError, append_result, format_table, one_line, parse_arguments, run_main
+from examples import DataArguments, load_examples
 from metrics import choose_metrics
 
 

@@ -1,31 +1,39 @@
 """Fine-tune an encoder, or train one from scratch, to classify texts or pairs of texts or to predict a number.
 
+The tasks of GLUE and IMDB by name, with their own metrics; several seeds in one call give mean and spread:
+
+    python scripts/finetune.py --task_name mrpc --model_name_or_path google-bert/bert-base-uncased --seeds 1 2 3 \\
+        --do_predict true --output_dir output/mrpc
+
 Any data set (Hub name, local folder, csv, tsv, json, jsonl or parquet files), any AutoModelForSequenceClassification:
 
     python scripts/finetune.py --config_name configs/tiny.json --train_file data/sotu/train.parquet \\
         --validation_file data/sotu/dev.parquet --label_column label_text --max_length 1024 --output_dir output/sotu
-    python scripts/finetune.py --model_name_or_path google-bert/bert-base-uncased --dataset_name nyu-mll/glue \\
-        --dataset_config_name rte --output_dir output/rte
+    python scripts/finetune.py --model_name_or_path output/linformer --train_file letters.csv --label_column topics \\
+        --label_separator ";" --output_dir output/letters                  # texts with several labels, or none
     accelerate launch scripts/finetune.py ...                          # several GPUs, the same options
 
 All options can stand in one file: `python scripts/finetune.py configs/demo.yaml --seed 1`. A run that was killed goes
 on with `--resume_from_checkpoint last` and ends with the weights, bit for bit on a CPU, that it would have had.
 """
 
+import csv
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from datasets import DatasetDict
+from accelerate import Accelerator, PartialState
+from datasets import Dataset, DatasetDict
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
@@ -35,20 +43,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from common import (
-    DataArguments,
-    UserError,
-    append_result,
-    format_table,
-    load_examples,
-    one_line,
-    parse_arguments,
-    run_main,
-    write_json,
-)
+from common import UserError, append_result, format_table, one_line, parse_arguments, run_main, write_aside, write_json
+from examples import DataArguments, is_multi_label, load_examples, load_unlabelled, with_task
 from loading import ModelArguments, load_config_and_tokenizer, longest_input
 from metrics import ComputeMetrics, choose_metrics
 from training import (
+    Batch,
     Rows,
     RowTrainingArguments,
     grouped_by_length,
@@ -75,8 +75,23 @@ class FinetuningArguments(RowTrainingArguments):
     """How it is trained, and what is written."""
 
     run_name: str = field(default="finetune", metadata={"help": "The run's name in trackers and --results_file."})
+    seeds: list[int] | None = field(
+        default=None,
+        metadata={"help": "Instead of --seed: a run for each, in seed-N of --output_dir; then mean and spread."},
+    )
+    label_smoothing_factor: float = field(
+        default=0.0, metadata={"help": "This much of a label is spread over all classes."}
+    )
+    do_predict: bool = field(
+        default=False,
+        metadata={"help": "Answer the test sets of a task of GLUE, in the files that its server takes: submission/."},
+    )
     metric_for_best_model: str | None = field(
-        default=None, metadata={"help": "What chooses the model. Default: accuracy, or pearson in regression."}
+        default=None,
+        metadata={
+            "help": "What chooses the model. Default: score, the mean of a task's metrics; without --task_name "
+            "accuracy, f1_micro where texts have several labels, or pearson in regression."
+        },
     )
     metric_name: str | None = field(
         default=None, metadata={"help": "One more metric: a name of scripts/metrics.py, a local path or a Hub name."}
@@ -91,9 +106,9 @@ DESCRIBED_KEYS = ("model_type", "projection_type", "projection_sharing", "projec
 
 
 def load_model(
-    arguments: ClassifierArguments, label_names: list[str] | None
+    arguments: ClassifierArguments, label_names: list[str] | None, several: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model with a head for these labels (None: regression), and its tokenizer."""
+    """The model with a head for these labels, one or several of them (None: regression), and its tokenizer."""
     changes = {"classifier_pooling": arguments.classifier_pooling} if arguments.classifier_pooling else {}
     config, tokenizer = load_config_and_tokenizer(arguments, changes)
     name = arguments.model_name_or_path
@@ -102,7 +117,7 @@ def load_model(
     if label_names is None:
         config.num_labels, config.problem_type = 1, "regression"
     else:
-        config.problem_type = "single_label_classification"
+        config.problem_type = "multi_label_classification" if several else "single_label_classification"
         # A classifier that knows these labels keeps its order of them.
         if set(config.label2id or {}) != set(label_names):
             config.id2label = dict(enumerate(label_names))
@@ -154,19 +169,30 @@ def tokenize(
     label_ids: list[int] | None,
     num_workers: int | None,
 ) -> DatasetDict:
-    """Texts to `input_ids` of at most `max_length`; `length` and `is_cut` say what came of each."""
+    """Texts to `input_ids` of at most `max_length`; `length` and `is_cut` say what came of each.
+
+    label_ids: the model's id of each label; None for numbers. Of several labels each row becomes 0 and 1 for all.
+    """
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         texts = [batch[name] for name in ("text", "text_pair") if name in batch]
         encoded = tokenizer(*texts, truncation=True, max_length=max_length)
         return {
             **encoded,
-            "labels": batch["label"] if label_ids is None else [label_ids[label] for label in batch["label"]],
+            **({"labels": [target(label) for label in batch["label"]]} if "label" in batch else {}),
             "length": [len(input_ids) for input_ids in encoded["input_ids"]],
             "is_cut": [bool(encoding.overflowing) for encoding in encoded.encodings],
         }
 
-    columns = splits["train"].column_names
+    def target(label: Any) -> Any:
+        if label_ids is None:
+            return label
+        if isinstance(label, list):
+            chosen = {label_ids[one] for one in label}
+            return [float(index in chosen) for index in range(len(label_ids))]
+        return label_ids[label]
+
+    columns = next(iter(splits.values())).column_names
     return splits.map(encode, batched=True, remove_columns=columns, num_proc=num_workers, desc="Tokenizing")
 
 
@@ -190,98 +216,159 @@ def describe_data(
     return shares
 
 
+def longest_first(rows: Dataset, collate: DataCollatorWithPadding, batch_size: int) -> tuple[DataLoader, np.ndarray]:
+    """A loader of rows of about one length together, and which row comes when."""
+    order = np.argsort(rows["length"][:], kind="stable")[::-1]
+    rows = rows.select(order).remove_columns(["length", "is_cut"])
+    return DataLoader(rows, batch_size, collate_fn=collate), order
+
+
 def make_loaders(
-    tokenized: DatasetDict, tokenizer: PreTrainedTokenizerBase, arguments: RowTrainingArguments, num_processes: int
+    tokenized: DatasetDict, collate: DataCollatorWithPadding, arguments: RowTrainingArguments, num_processes: int
 ) -> tuple[dict[str, DataLoader], torch.Generator]:
     """A loader for each split, and the generator that the order of the training rows is drawn from."""
-    collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=arguments.pad_to_multiple_of)
     sampler, generator = grouped_by_length(tokenized["train"]["length"], arguments, num_processes)
     train_set = tokenized["train"].remove_columns(["length", "is_cut"])
     loaders = {
         "train": DataLoader(train_set, arguments.per_device_train_batch_size, sampler=sampler, collate_fn=collate)
     }
     for split in tokenized.keys() - {"train"}:
-        # Metrics do not mind the order, so rows of about one length are evaluated together.
-        longest_first = np.argsort(tokenized[split]["length"][:])[::-1]
-        rows = tokenized[split].select(longest_first).remove_columns(["length", "is_cut"])
-        loaders[split] = DataLoader(rows, arguments.per_device_eval_batch_size, collate_fn=collate)
+        # Metrics do not mind the order.
+        loaders[split], _ = longest_first(tokenized[split], collate, arguments.per_device_eval_batch_size)
     return loaders, generator
 
 
-# Evaluation
+# Loss and evaluation
+
+
+def smoothed_loss(model: nn.Module, batch: Batch, factor: float) -> Tensor:
+    """Cross-entropy with labels of which `factor` is spread over all classes."""
+    inputs = {name: values for name, values in batch.items() if name != "labels"}
+    return nn.functional.cross_entropy(model(**inputs).logits.float(), batch["labels"], label_smoothing=factor)
 
 
 @torch.no_grad()
+def outputs_of(accelerator: Accelerator, model: nn.Module, loader: DataLoader) -> tuple[Tensor, Tensor | None]:
+    """Logits, and labels where there are any, of all rows in the order of the loader."""
+    model.eval()
+    parts: dict[str, list[Tensor]] = {}
+    for batch in tqdm(loader, desc="Evaluating", leave=False, disable=not accelerator.is_main_process):
+        labels = {"labels": batch.pop("labels")} if "labels" in batch else {}
+        values = accelerator.gather_for_metrics({"logits": model(**batch).logits.float(), **labels})
+        for name, value in values.items():
+            parts.setdefault(name, []).append(value.cpu())
+    model.train()
+    outputs = {name: torch.cat(values) for name, values in parts.items()}
+    if not outputs["logits"].isfinite().all():
+        raise UserError("the model's outputs are not finite: training has diverged; lower --learning_rate")
+    return outputs["logits"], outputs.get("labels")
+
+
+LOSSES = {
+    "regression": lambda logits, labels: nn.functional.mse_loss(logits.squeeze(-1), labels),
+    "single_label_classification": nn.functional.cross_entropy,
+    "multi_label_classification": nn.functional.binary_cross_entropy_with_logits,
+}
+
+
+def predictions_of(logits: Tensor, problem_type: str) -> Tensor:
+    """Numbers (B,), classes (B,), or 0 and 1 for each label (B, labels), from logits (B, labels)"""
+    if problem_type == "regression":
+        return logits.squeeze(-1)
+    return (logits > 0).long() if problem_type == "multi_label_classification" else logits.argmax(-1)
+
+
 def evaluate_model(
     accelerator: Accelerator, model: nn.Module, loader: DataLoader, compute_metrics: ComputeMetrics
 ) -> dict[str, float]:
     """Loss and metrics over a whole split."""
-    is_regression = accelerator.unwrap_model(model).config.problem_type == "regression"
-    model.eval()
-    parts = []
-    for batch in tqdm(loader, desc="Evaluating", leave=False, disable=not accelerator.is_main_process):
-        labels = batch.pop("labels")
-        logits = model(**batch).logits.float()
-        parts.append([values.cpu() for values in accelerator.gather_for_metrics((logits, labels))])
-    model.train()
-    logits, labels = (torch.cat(values) for values in zip(*parts))
-    if not logits.isfinite().all():
-        raise UserError("the model's outputs are not finite: training has diverged; lower --learning_rate")
-    if is_regression:
-        predictions = logits.squeeze(-1)
-        loss = nn.functional.mse_loss(predictions, labels)
-    else:
-        predictions = logits.argmax(-1)
-        loss = nn.functional.cross_entropy(logits, labels)
-    return {"loss": loss.item(), **compute_metrics(predictions.numpy(), labels.numpy())}
+    problem_type = accelerator.unwrap_model(model).config.problem_type
+    logits, labels = outputs_of(accelerator, model, loader)
+    assert labels is not None
+    predictions = predictions_of(logits, problem_type)
+    loss = LOSSES[problem_type](logits, labels).item()
+    return {"loss": loss, **compute_metrics(predictions.numpy(), labels.to(predictions.dtype).numpy())}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    data_arguments, model_arguments, arguments = parse_arguments(
-        (DataArguments, ClassifierArguments, FinetuningArguments), argv, description=__doc__
-    )
+def write_submission(path: Path, predictions: Sequence[float], names: Mapping[Any, str] | None) -> None:
+    """A file that GLUE's server takes: the number of each row, from 0, and the answer: a name, a class or a number."""
+    with write_aside(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerow(["index", "prediction"])
+        for index, value in enumerate(predictions):
+            answer = names[int(value)] if names else f"{value:.3f}" if isinstance(value, float) else value
+            writer.writerow([index, answer])
+
+
+def run(
+    data_arguments: DataArguments,
+    model_arguments: ClassifierArguments,
+    arguments: FinetuningArguments,
+    argv: Sequence[str] | None,
+) -> dict[str, Any]:
+    """Train, choose and save one model, and return its results."""
     accelerator, checkpoint = start_accelerator(arguments)
     output_dir = Path(arguments.output_dir)
+    _, task = with_task(data_arguments)
 
     with accelerator.main_process_first():
+        unlabelled = load_unlabelled(data_arguments) if arguments.do_predict else {}
         examples, label_names = load_examples(data_arguments, arguments.seed)
     num_labels = None if label_names is None else len(label_names)
-    compute_metrics = choose_metrics(num_labels, arguments.metric_name)
-    known = [*compute_metrics(np.array([0, 1]), np.array([0, 1])), "loss"]
-    arguments.metric_for_best_model = arguments.metric_for_best_model or ("accuracy" if num_labels else "pearson")
+    several = is_multi_label(examples)
+    is_classes = num_labels is not None and not several
+    if arguments.label_smoothing_factor and not is_classes:
+        raise UserError("--label_smoothing_factor spreads one label over the others: a text must have one class")
+    compute_metrics = choose_metrics(num_labels, arguments.metric_name, several, task.metrics if task else ())
+    sample = np.eye(2, num_labels, dtype=int) if several else np.array([0, 1])
+    known = [*compute_metrics(sample, sample), "loss"]
+    default = "score" if task else "accuracy" if is_classes else "f1_micro" if several else "pearson"
+    arguments.metric_for_best_model = arguments.metric_for_best_model or default
     if arguments.metric_for_best_model not in known:
         raise UserError(f"--metric_for_best_model {arguments.metric_for_best_model} is not one of {known}")
 
-    model, tokenizer = load_model(model_arguments, label_names)
+    model, tokenizer = load_model(model_arguments, label_names, several)
     max_length = choose_max_length(arguments, model)
     label2id: dict[str, int] = model.config.label2id  # type: ignore[assignment]
     label_ids = None if label_names is None else [label2id[name] for name in label_names]
+    tokenizing = (tokenizer, max_length, label_ids, arguments.preprocessing_num_workers)
     with accelerator.main_process_first():
-        tokenized = tokenize(examples, tokenizer, max_length, label_ids, arguments.preprocessing_num_workers)
+        tokenized = tokenize(examples, *tokenizing)
+        unanswered = tokenize(DatasetDict(unlabelled), *tokenizing) if unlabelled else {}
     cut_shares = describe_data(examples, tokenized, max_length, accelerator)
-    loaders, generator = make_loaders(tokenized, tokenizer, arguments, accelerator.num_processes)
+    collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=arguments.pad_to_multiple_of)
+    loaders, generator = make_loaders(tokenized, collate, arguments, accelerator.num_processes)
 
     all_arguments = {**asdict(data_arguments), **asdict(model_arguments), **asdict(arguments)}
     identity = identity_of(accelerator, all_arguments) | {"training tokens": sum(tokenized["train"]["length"])}
     prepare_output_dir(accelerator, arguments, identity, checkpoint)
     eval_loader = accelerator.prepare(loaders["validation"])
+    smoothing = arguments.label_smoothing_factor
     progress, wrapped = train(
         *(accelerator, model, Rows(accelerator, loaders["train"], generator, arguments.seed)),
-        lambda model, batch: model(**batch).loss,
+        partial(smoothed_loss, factor=smoothing) if smoothing else lambda model, batch: model(**batch).loss,
         lambda model: evaluate_model(accelerator, model, eval_loader, compute_metrics),
         *(arguments, identity, checkpoint),
     )
 
     best = next(row for row in progress.history if row["step"] == progress.best_step)
     results = {"best_epoch": best["epoch"], **{name: best[name] for name in best if name.startswith("eval_")}}
-    if num_labels:
+    if is_classes:
         majority = Counter(examples["train"]["label"]).most_common(1)[0][0]
         labels = list(examples["validation"]["label"])
         results["majority_accuracy"] = labels.count(majority) / len(labels)
-    if "test" in loaders:
-        loader = accelerator.prepare(loaders["test"])
+    for split in sorted(loaders.keys() - {"train", "validation"}):
+        loader = accelerator.prepare(loaders[split])
         values = evaluate_model(accelerator, wrapped, loader, compute_metrics)
-        results |= {f"test_{name}": value for name, value in values.items()}
+        prefix = split.replace("validation", "eval")
+        results |= {f"{prefix}_{name}": value for name, value in values.items()}
+    for file, rows in unanswered.items():
+        loader, order = longest_first(rows, collate, arguments.per_device_eval_batch_size)
+        logits, _ = outputs_of(accelerator, wrapped, accelerator.prepare(loader))
+        predictions = predictions_of(logits, str(model.config.problem_type))[np.argsort(order)].tolist()
+        if accelerator.is_main_process:
+            names = model.config.id2label if task and task.submits_names else None
+            write_submission(output_dir / "submission" / file, predictions, names)
     results |= {f"cut_share_{split}": share for split, share in cut_shares.items()}
     results |= {"parameters": model.num_parameters(), "seconds": progress.seconds}
     results["tokens_per_second"] = progress.tokens / progress.train_seconds
@@ -295,10 +382,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             row = {
                 "run_name": arguments.run_name,
                 "model": model_arguments.model_name_or_path or model_arguments.config_name,
+                "task": data_arguments.task_name,
                 "data": data_arguments.dataset_name or " ".join(data_arguments.train_file or []),
                 "dataset_config": data_arguments.dataset_config_name,
                 **{name: getattr(model.config, name, None) for name in DESCRIBED_KEYS},
                 "max_length": max_length,
+                "training_rows": len(examples["train"]),
+                "learning_rate": arguments.learning_rate,
                 "epochs": progress.history[-1]["epoch"],
                 **results,
             }
@@ -307,7 +397,46 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(format_table(progress.history))
         print(format_table([{"result": name, "value": value} for name, value in results.items()]))
         print(f"the model of epoch {best['epoch']} is in {output_dir}")
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    return results
+
+
+def run_seeds(
+    data_arguments: DataArguments,
+    model_arguments: ClassifierArguments,
+    arguments: FinetuningArguments,
+    argv: Sequence[str] | None,
+) -> None:
+    """A run for each seed, then the mean and the spread of their results."""
+    seeds, output_dir = arguments.seeds or [], Path(arguments.output_dir)
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds must differ, and are {seeds}")
+    runs = []
+    for seed in seeds:
+        one = replace(arguments, seed=seed, seeds=None, output_dir=str(output_dir / f"seed-{seed}"))
+        runs.append(run(data_arguments, model_arguments, one, argv))
+    names = [name for name in runs[0] if all(name in results for results in runs)]
+    summary = {
+        name: {
+            "mean": mean(results[name] for results in runs),
+            "std": stdev(results[name] for results in runs) if len(runs) > 1 else 0.0,
+        }
+        for name in names
+    }
+    if PartialState().is_main_process:
+        write_json(output_dir / "all_results.json", {"seeds": seeds, **summary})
+        print(format_table([{"result": name, **values} for name, values in summary.items()]))
+        print(f"the models of seeds {', '.join(map(str, seeds))} are in {output_dir}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    data_arguments, model_arguments, arguments = parse_arguments(
+        (DataArguments, ClassifierArguments, FinetuningArguments), argv, description=__doc__
+    )
+    make = run if arguments.seeds is None else run_seeds
+    make(data_arguments, model_arguments, arguments, argv)
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

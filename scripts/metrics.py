@@ -63,6 +63,27 @@ class F1(_Metric):
         return {"f1": float(f1_score(references, predictions, average=average, zero_division=0))}
 
 
+class MultiLabel(_Metric):
+    """For texts with several labels: the share of texts whose labels are all right, and F1 over labels.
+
+    Takes a row of 0 and 1 for each text. `f1_micro` counts all labels of all texts alike, `f1_macro` is the mean over
+    the labels; one that never occurs and is never predicted counts as 0.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        info = super()._info()
+        row = datasets.Sequence(datasets.Value(self.dtype))
+        info.features = datasets.Features(dict.fromkeys(("predictions", "references"), row))
+        return info
+
+    def _compute(self, predictions: Values, references: Values) -> dict[str, float]:
+        values = {"accuracy": float(accuracy_score(references, predictions))}
+        for average in ("micro", "macro"):
+            value = f1_score(references, predictions, average=average, zero_division=0)
+            values[f"f1_{average}"] = float(value)
+        return values
+
+
 class MatthewsCorrelation(_Metric):
     """Matthews' correlation of predicted and true classes; 0 if either never varies."""
 
@@ -102,6 +123,7 @@ OWN_METRICS: dict[str, type[_Metric]] = {
     "accuracy": Accuracy,
     "f1": F1,
     "matthews_correlation": MatthewsCorrelation,
+    "multi_label": MultiLabel,
     "pearson_spearman": PearsonSpearman,
     "mse": MeanSquaredError,
 }
@@ -120,10 +142,16 @@ def load_metric(name: str) -> evaluate.EvaluationModule:
         ) from error
 
 
-def choose_metrics(num_labels: int | None, metric_name: str | None = None) -> ComputeMetrics:
+def choose_metrics(
+    num_labels: int | None,
+    metric_name: str | None = None,
+    is_multi_label: bool = False,
+    task_metrics: Sequence[str] = (),
+) -> ComputeMetrics:
     """The metrics for classification into `num_labels` classes, or for regression (None), as one function.
 
-    It takes predictions and references and returns a dictionary. `metric_name` adds one more metric.
+    It takes predictions and references, a number each or with is_multi_label a row of 0 and 1, and returns a
+    dictionary. `metric_name` adds one more metric. With `task_metrics` only these are given, and their mean, `score`.
     """
     extra = load_metric(metric_name) if metric_name else None
 
@@ -131,11 +159,16 @@ def choose_metrics(num_labels: int | None, metric_name: str | None = None) -> Co
         both = {"predictions": predictions, "references": references}
         if num_labels is None:
             values = {**PearsonSpearman().compute(**both), **MeanSquaredError().compute(**both)}
+        elif is_multi_label:
+            values = MultiLabel().compute(**both)
         else:
             values = {**Accuracy().compute(**both), "f1_macro": F1().compute(**both, average="macro")["f1"]}
             if num_labels == 2:
                 values |= F1().compute(**both)
             values |= MatthewsCorrelation().compute(**both)
+        if task_metrics:
+            values = {name: values[name] for name in task_metrics}
+            values["score"] = sum(values.values()) / len(values)
         if extra is not None:
             values |= {key: float(value) for key, value in extra.compute(**both).items()}
         return values

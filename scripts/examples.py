@@ -1,0 +1,388 @@
+"""Labelled examples: texts or pairs of texts with a class, several classes or a number; GLUE and IMDB by name."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+
+from common import TEXT_TYPES, UserError, load_data_files, one_line
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task that is known by name: where it is, what its labels are called, and what it is judged by."""
+
+    text_columns: tuple[str, ...]
+    # In the order of their ids; None for a number.
+    label_names: tuple[str, ...] | None
+    # What is reported of it; the mean of these is its score.
+    metrics: tuple[str, ...] = ("accuracy",)
+    dataset_name: str = "nyu-mll/glue"
+    # None: some of the training rows are held out.
+    validation_split: str | None = "validation"
+    # A second validation set, which chooses nothing.
+    other_validation_split: str | None = None
+    test_split: str | None = None
+    # What GLUE's server takes: the name of a file to the configuration and the split that it answers.
+    submissions: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    submits_names: bool = False
+
+
+ENTAILMENT = ("entailment", "not_entailment")
+TASKS = {
+    "cola": Task(
+        *(("sentence",), ("unacceptable", "acceptable"), ("matthews_correlation",)),
+        submissions={"CoLA.tsv": ("cola", "test")},
+    ),
+    "sst2": Task(("sentence",), ("negative", "positive"), submissions={"SST-2.tsv": ("sst2", "test")}),
+    "mrpc": Task(
+        *(("sentence1", "sentence2"), ("not_equivalent", "equivalent"), ("accuracy", "f1")),
+        submissions={"MRPC.tsv": ("mrpc", "test")},
+    ),
+    "stsb": Task(
+        *(("sentence1", "sentence2"), None, ("pearson", "spearman")), submissions={"STS-B.tsv": ("stsb", "test")}
+    ),
+    "qqp": Task(
+        *(("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
+        submissions={"QQP.tsv": ("qqp", "test")},
+    ),
+    "mnli": Task(
+        *(("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
+        validation_split="validation_matched",
+        other_validation_split="validation_mismatched",
+        # GLUE's diagnostic sentences are answered by the model of MNLI.
+        submissions={
+            "MNLI-m.tsv": ("mnli", "test_matched"),
+            "MNLI-mm.tsv": ("mnli", "test_mismatched"),
+            "AX.tsv": ("ax", "test"),
+        },
+        submits_names=True,
+    ),
+    "qnli": Task(
+        *(("question", "sentence"), ENTAILMENT), submissions={"QNLI.tsv": ("qnli", "test")}, submits_names=True
+    ),
+    "rte": Task(
+        *(("sentence1", "sentence2"), ENTAILMENT), submissions={"RTE.tsv": ("rte", "test")}, submits_names=True
+    ),
+    "wnli": Task(
+        *(("sentence1", "sentence2"), ("not_entailment", "entailment")), submissions={"WNLI.tsv": ("wnli", "test")}
+    ),
+    "imdb": Task(
+        *(("text",), ("neg", "pos")), dataset_name="stanfordnlp/imdb", validation_split=None, test_split="test"
+    ),
+}
+
+# Tried in this order where --text_column is not given: the names of GLUE and of the usual Hub data sets.
+TEXT_COLUMNS = [
+    ["text"],
+    ["sentence"],
+    ["sentence1", "sentence2"],
+    ["premise", "hypothesis"],
+    ["question", "sentence"],
+]
+TEXT_COLUMNS += [["question1", "question2"], ["document"], ["content"], ["review"]]
+
+
+@dataclass
+class DataArguments:
+    """Where the texts and their labels come from."""
+
+    task_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "A task of GLUE or imdb, with its data set on the Hub, columns, labels and metrics; "
+            "--dataset_name or --train_file take its data from elsewhere.",
+            "choices": list(TASKS),
+        },
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "A data set on the Hub, or a local folder that `load_dataset` understands."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration, e.g. sst2 of glue."})
+    train_split_name: str = field(default="train", metadata={"help": "The split of --dataset_name to train on."})
+    validation_split_name: str | None = field(
+        default=None, metadata={"help": "Its split to choose the model by. Default: validation, if there is one."}
+    )
+    test_split_name: str | None = field(
+        default=None, metadata={"help": "Its split to judge the chosen model on, once, at the end."}
+    )
+    train_file: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of --dataset_name: csv, tsv, json, jsonl or parquet, also with .gz; several if need be."
+        },
+    )
+    validation_file: list[str] | None = field(default=None, metadata={"help": "The same for validation."})
+    test_file: list[str] | None = field(default=None, metadata={"help": "The same for the test at the end."})
+    text_column: list[str] | None = field(
+        default=None,
+        metadata={"help": "One column, or two for pairs of texts. Default: a usual name, or the only text."},
+    )
+    label_column: str | None = field(default=None, metadata={"help": "Default: label, or labels."})
+    label_separator: str | None = field(
+        default=None,
+        metadata={"help": "A text may have several labels, or none, and this stands between them, e.g. ';'."},
+    )
+    do_regression: bool | None = field(
+        default=None,
+        metadata={"help": "Predict a number (true) or a class (false). Default: a number if labels are floats."},
+    )
+    validation_split_percentage: float = field(
+        default=10.0, metadata={"help": "The share of the training rows held out where there is no validation set."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many rows, drawn by the seed."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "The same for validation and test."})
+
+
+def with_task(arguments: DataArguments) -> tuple[DataArguments, Task | None]:
+    """The arguments with what --task_name stands for, where they do not say otherwise; and the task."""
+    if arguments.task_name is None:
+        return arguments, None
+    if arguments.task_name not in TASKS:
+        raise UserError(f"--task_name {arguments.task_name} is not known; the tasks are {', '.join(TASKS)}")
+    task = TASKS[arguments.task_name]
+    changes: dict[str, Any] = {}
+    if arguments.train_file is None:
+        changes["test_split_name"] = arguments.test_split_name or task.test_split
+        if arguments.validation_file is None:
+            changes["validation_split_name"] = arguments.validation_split_name or task.validation_split
+        if arguments.dataset_name is None:
+            changes["dataset_name"] = task.dataset_name
+            config_name = arguments.task_name if task.submissions else None
+            changes["dataset_config_name"] = arguments.dataset_config_name or config_name
+    changes["text_column"] = arguments.text_column or list(task.text_columns)
+    changes["label_column"] = arguments.label_column or "label"
+    changes["do_regression"] = task.label_names is None
+    return replace(arguments, **changes), task
+
+
+# Loading
+
+
+def load_named(name: str, config_name: str | None) -> DatasetDict:
+    """All splits of a data set on the Hub, of a folder, or of what `save_to_disk` wrote."""
+    try:
+        if Path(name, "dataset_dict.json").is_file():
+            return load_from_disk(name)
+        return load_dataset(name, config_name)
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        raise UserError(f"cannot load the data set {name}: {one_line(error)}") from error
+
+
+def _load_splits(arguments: DataArguments, task: Task | None) -> DatasetDict:
+    names = {
+        "train": arguments.train_split_name,
+        "validation": arguments.validation_split_name or "validation",
+        "validation_mismatched": task.other_validation_split if task else None,
+        "test": arguments.test_split_name,
+    }
+    files = {split: getattr(arguments, f"{split}_file") for split in ("train", "validation", "test")}
+    if arguments.dataset_name is None:
+        if files["train"] is None:
+            raise UserError("no training data: give --task_name, --dataset_name or --train_file")
+        return load_data_files({split: paths for split, paths in files.items() if paths})
+    available = load_named(arguments.dataset_name, arguments.dataset_config_name)
+    asked = ["train", "test"] + ["validation"] * bool(arguments.validation_split_name)
+    for split in asked:
+        if names[split] and names[split] not in available:
+            raise UserError(f"{arguments.dataset_name} has no split {names[split]!r}; it has {sorted(available)}")
+    splits = DatasetDict({split: available[name] for split, name in names.items() if name in available})
+    del files["train"]
+    return DatasetDict(splits | load_data_files({split: paths for split, paths in files.items() if paths}))
+
+
+def _find_columns(arguments: DataArguments, dataset: Dataset) -> tuple[list[str], str]:
+    columns = dataset.column_names
+    label = arguments.label_column or next((name for name in ("label", "labels") if name in columns), None)
+    if label is None:
+        raise UserError(f"no label column found among {columns}; name it with --label_column")
+    texts = arguments.text_column or next((names for names in TEXT_COLUMNS if set(names) <= set(columns)), None)
+    if texts is None:
+        texts = [name for name, kind in dataset.features.items() if name != label and kind in TEXT_TYPES]
+        if len(texts) != 1:
+            raise UserError(f"cannot tell which of {columns} holds the text; name it, or two, with --text_column")
+    if len(texts) > 2:
+        raise UserError(f"--text_column takes one column, or two for pairs of texts, not {len(texts)}: {texts}")
+    return texts, label
+
+
+def _column(dataset: Dataset, name: str) -> list[Any]:
+    return dataset.with_format("arrow")[:][name].to_pylist()
+
+
+def _rows(values: Sequence[Any], wrong: Callable[[Any], bool]) -> str:
+    """The numbers, from 1, of the rows whose value is wrong, the first ten of them; empty if there are none."""
+    rows = [str(row) for row, value in enumerate(values, start=1) if wrong(value)]
+    return ", ".join(rows[:10]) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
+
+
+def _check_texts(split: str, dataset: Dataset, columns: Sequence[str]) -> None:
+    for column in columns:
+        if column not in dataset.column_names:
+            raise UserError(f"the {split} set has no column {column!r}; it has {dataset.column_names}")
+        if dataset.features[column] not in TEXT_TYPES:
+            raise UserError(f"column {column!r} of the {split} set holds {dataset.features[column]}, not text")
+        if rows := _rows(_column(dataset, column), lambda text: text is None):
+            raise UserError(f"column {column!r} of the {split} set has no text in rows {rows}")
+
+
+# Labels
+
+
+def is_multi_label(splits: DatasetDict) -> bool:
+    """Whether examples as `load_examples` gives them have lists of labels."""
+    return not isinstance(splits["train"].features["label"], Value)
+
+
+def _split_labels(split: str, dataset: Dataset, column: str, separator: str) -> Dataset:
+    """A column of texts such as `tax;rent` as a column of lists."""
+    if dataset.features[column] not in TEXT_TYPES:
+        raise UserError(
+            f"--label_separator {separator!r} divides texts, and column {column!r} of the {split} set holds "
+            f"{dataset.features[column]}"
+        )
+    divided = [
+        None if text is None else [name.strip() for name in text.split(separator) if name.strip()]
+        for text in _column(dataset, column)
+    ]
+    dataset = dataset.remove_columns(column)
+    return dataset.add_column(column, divided, feature=datasets.List(Value("string")))
+
+
+def _label_names(split: str, dataset: Dataset, column: str, task_names: Sequence[str] | None) -> list[list[str]]:
+    """The names of each row's labels: the task's or the data's own where there are any, else the values as text."""
+    kind, labels = dataset.features[column], _column(dataset, column)
+    if isinstance(kind, datasets.List):
+        kind = kind.feature
+    else:
+        labels = [[label] for label in labels]
+    if rows := _rows(labels, lambda row: row is None or None in row):
+        raise UserError(f"column {column!r} of the {split} set has no label in rows {rows}")
+    if isinstance(kind, Value) and "float" in kind.dtype:
+        raise UserError(
+            f"column {column!r} of the {split} set holds numbers such as {next(filter(None, labels), [0.0])[0]}, not classes; "
+            "to predict numbers give --do_regression true"
+        )
+    known = list(task_names or (kind.names if isinstance(kind, ClassLabel) else []))
+    count = len(known) if known else sys.maxsize
+    if rows := _rows(labels, lambda row: any(isinstance(label, int) and not 0 <= label < count for label in row)):
+        limit = count - 1 if known else "any positive number"
+        raise UserError(f"column {column!r} of the {split} set has labels outside 0 to {limit} in rows {rows}")
+    return [[known[label] if known and isinstance(label, int) else str(label) for label in row] for row in labels]
+
+
+def _numbers(split: str, dataset: Dataset, column: str) -> list[float]:
+    labels = _column(dataset, column)
+    if rows := _rows(labels, lambda label: not (isinstance(label, (int, float)) and abs(label) < float("inf"))):
+        raise UserError(f"column {column!r} of the {split} set must hold finite numbers; rows {rows} do not")
+    return [float(label) for label in labels]
+
+
+def load_examples(arguments: DataArguments, seed: int) -> tuple[DatasetDict, list[str] | None]:
+    """Load, check and cut the splits `train`, `validation` and, if asked for, `test`; of MNLI `validation_mismatched`.
+
+    Returns them with the columns `text`, `text_pair` (for pairs) and `label`, and the names of the labels in the order
+    of their ids; for regression labels are floats and the names are None, and where a text may have several labels
+    they are lists of ids (`is_multi_label`). Raises `UserError` for anything amiss.
+    """
+    arguments, task = with_task(arguments)
+    splits = _load_splits(arguments, task)
+    for split, dataset in splits.items():
+        if len(dataset) == 0:
+            raise UserError(f"the {split} set is empty")
+    text_columns, label_column = _find_columns(arguments, splits["train"])
+    for split, dataset in splits.items():
+        _check_texts(split, dataset, text_columns)
+        if label_column not in dataset.column_names:
+            raise UserError(f"the {split} set has no column {label_column!r}; it has {dataset.column_names}")
+        if arguments.label_separator is not None:
+            splits[split] = _split_labels(split, dataset, label_column, arguments.label_separator)
+
+    kind = splits["train"].features[label_column]
+    several = isinstance(kind, datasets.List)
+    is_float = isinstance(kind, Value) and "float" in kind.dtype
+    label_names = None
+    if is_float if arguments.do_regression is None else arguments.do_regression:
+        labels: dict[str, list[Any]] = {
+            split: _numbers(split, dataset, label_column) for split, dataset in splits.items()
+        }
+        feature: Any = Value("float32")
+    else:
+        task_names = task.label_names if task else None
+        named = {split: _label_names(split, dataset, label_column, task_names) for split, dataset in splits.items()}
+        seen = {split: {name for row in names for name in row} for split, names in named.items()}
+        kind = kind.feature if several else kind
+        is_integer = isinstance(kind, Value) and "int" in kind.dtype
+        if task_names or isinstance(kind, ClassLabel):
+            label_names = list(task_names or kind.names)
+        else:
+            label_names = sorted(seen["train"], key=int) if is_integer else sorted(seen["train"])
+        if len(label_names) < (1 if several else 2):
+            raise UserError(
+                f"the training set has {f'one label only, {label_names[0]!r}' if label_names else 'no label'}: "
+                "there is nothing to learn"
+            )
+        for split, names in seen.items():
+            if unknown := sorted(names - set(label_names)) if task_names else []:
+                raise UserError(
+                    f"the {split} set has labels {unknown}; those of {arguments.task_name} are {label_names}"
+                )
+            if unseen := sorted(names - seen["train"]):
+                raise UserError(f"the {split} set has labels {unseen} not seen in training, which has {label_names}")
+        ids = {name: index for index, name in enumerate(label_names)}
+        labels = {
+            split: [[ids[name] for name in row] if several else ids[row[0]] for row in names]
+            for split, names in named.items()
+        }
+        feature = datasets.List(Value("int64")) if several else Value("int64")
+
+    renamed = dict(zip(text_columns, ["text", "text_pair"]))
+    for split, dataset in splits.items():
+        dataset = dataset.select_columns(text_columns).rename_columns(renamed)
+        splits[split] = dataset.add_column("label", labels[split], feature=feature)
+
+    if "validation" not in splits:
+        held_out = round(len(splits["train"]) * arguments.validation_split_percentage / 100)
+        if not 0 < held_out < len(splits["train"]):
+            raise UserError(
+                f"cannot hold out {arguments.validation_split_percentage} % of {len(splits['train'])} training rows; "
+                "change --validation_split_percentage or give a validation set"
+            )
+        divided = splits["train"].train_test_split(test_size=held_out, seed=seed)
+        splits["train"], splits["validation"] = divided["train"], divided["test"]
+    for split, dataset in splits.items():
+        limit = arguments.max_train_samples if split == "train" else arguments.max_eval_samples
+        if limit is not None and limit < len(dataset):
+            splits[split] = dataset.shuffle(seed=seed).select(range(limit))
+    return splits, label_names
+
+
+def load_unlabelled(arguments: DataArguments) -> dict[str, Dataset]:
+    """What GLUE's server wants answers for: the name of the file of each to `text` and `text_pair`, in order.
+
+    Raises `UserError` for a task without such sets and for data that have no name.
+    """
+    arguments, task = with_task(arguments)
+    if task is None or not task.submissions:
+        known = [name for name, known_task in TASKS.items() if known_task.submissions]
+        raise UserError(f"--do_predict answers the test sets of --task_name {', '.join(known)}; predict.py any texts")
+    if arguments.dataset_name is None:
+        raise UserError("--do_predict takes the test set of --dataset_name, and --train_file has none")
+    found = {}
+    for file, (config_name, split) in task.submissions.items():
+        is_hub = arguments.dataset_name == task.dataset_name
+        if config_name != arguments.task_name and not is_hub:
+            continue
+        available = load_named(arguments.dataset_name, config_name if is_hub else arguments.dataset_config_name)
+        if split not in available:
+            raise UserError(f"{arguments.dataset_name} has no split {split!r} for {file}; it has {sorted(available)}")
+        columns = list(arguments.text_column or task.text_columns)
+        _check_texts(split, available[split], columns)
+        renamed = dict(zip(columns, ["text", "text_pair"]))
+        found[file] = available[split].select_columns(columns).rename_columns(renamed)
+    return found
