@@ -264,8 +264,9 @@ def _label_names(split: str, dataset: Dataset, column: str, task_names: Sequence
     if rows := _rows(labels, lambda row: row is None or None in row):
         raise UserError(f"column {column!r} of the {split} set has no label in rows {rows}")
     if isinstance(kind, Value) and "float" in kind.dtype:
+        example = next((label for row in labels for label in row), 0.0)
         raise UserError(
-            f"column {column!r} of the {split} set holds numbers such as {next(filter(None, labels), [0.0])[0]}, not classes; "
+            f"column {column!r} of the {split} set holds numbers such as {example}, not classes; "
             "to predict numbers give --do_regression true"
         )
     known = list(task_names or (kind.names if isinstance(kind, ClassLabel) else []))

@@ -388,6 +388,7 @@ def run(
                 **{name: getattr(model.config, name, None) for name in DESCRIBED_KEYS},
                 "max_length": max_length,
                 "training_rows": len(examples["train"]),
+                "evaluated_rows": len(examples["validation"]),
                 "learning_rate": arguments.learning_rate,
                 "epochs": progress.history[-1]["epoch"],
                 **results,
