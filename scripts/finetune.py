@@ -44,7 +44,9 @@ from transformers import (
 )
 
 from common import UserError, append_result, format_table, one_line, parse_arguments, run_main, write_aside, write_json
+from conversion import exact_length
 from examples import DataArguments, is_multi_label, load_examples, load_unlabelled, with_task
+from hf_linformer import LinformerConfig
 from loading import ModelArguments, load_config_and_tokenizer, longest_input
 from metrics import ComputeMetrics, choose_metrics
 from training import (
@@ -370,6 +372,10 @@ def run(
             names = model.config.id2label if task and task.submits_names else None
             write_submission(output_dir / "submission" / file, predictions, names)
     results |= {f"cut_share_{split}": share for split, share in cut_shares.items()}
+    if isinstance(model.config, LinformerConfig):
+        # Texts that are not longer get full softmax attention.
+        exact = exact_length(model.config)
+        results["compressed_share_validation"] = float(np.mean(np.array(tokenized["validation"]["length"]) > exact))
     results |= {"parameters": model.num_parameters(), "seconds": progress.seconds}
     results["tokens_per_second"] = progress.tokens / progress.train_seconds
     # Texts are cut where they were cut in training wherever the model is used.
