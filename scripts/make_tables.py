@@ -50,6 +50,7 @@ TABLES = {
     "conversion": "conversion_table:conversion_table",
     "halves": "halves_table:halves_table",
     "pretraining": "pretraining_table:pretraining_table",
+    "downstream": "downstream_table:downstream_table",
 }
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 import make_tables
+import plot_downstream
 import plot_efficiency
 from common import UserError
+from downstream_table import downstream_table
 from efficiency_tables import paper_table, peers_table, targets_table, training_table
 
 
@@ -222,3 +224,64 @@ def test_the_figure(tmp_path, capsys):
     written([*rows, cell("linear", 512, 1.0, hardware="another CPU")], tmp_path / "efficiency.csv")
     with pytest.raises(UserError, match="several machines .a CPU, 2 cores; another CPU."):
         plot_efficiency.main(argv)
+
+
+# Downstream
+
+
+def tuned(name: str, seed: int, score: float, k: int, w: int = 0, length: int = 512, **changes) -> dict:
+    """A row as scripts/finetune.py writes it."""
+    made = {"commit": "abc", "hardware": "a CPU", "torch": "2.13", "transformers": "5.24", "seed": seed}
+    row = {**made, "run_name": name, "task": name.split("-")[0], "data": "data/glue/rte", "model": name}
+    row |= {"model_type": "linformer", "projection_type": "mean_pool", "projection_sharing": "layerwise"}
+    row |= {"projected_length": k, "local_window": w, "max_length": length, "training_rows": 2490}
+    row |= {"evaluated_rows": 277, "eval_score": score, "eval_accuracy": "", "compressed_share_validation": 0.25}
+    return row | changes
+
+
+@pytest.fixture
+def downstream(tmp_path) -> list[dict[str, str]]:
+    rows = [
+        tuned("rte-slots", 1, 0.58, 32),
+        tuned("rte-slots", 2, 0.61, 32),
+        tuned("rte-twin", 1, 0.60, 512, compressed_share_validation=0),
+        tuned("rte-twin", 2, 0.62, 512, compressed_share_validation=0),
+        tuned("rte-window", 1, 0.605, 64, 32),
+        # Twins of other data are no twins.
+        tuned("mrpc-twin", 1, 0.80, 512, compressed_share_validation=0),
+        tuned("mrpc-slots", 1, 0.785, 32),
+        # Nothing is compressed here, so it says nothing of compression.
+        tuned("cola-twin", 1, 0.30, 512, compressed_share_validation=0),
+        tuned("cola-slots", 1, 0.50, 32, compressed_share_validation=0),
+        tuned("-long", 1, "", 64, 32, 4096, task="", data="data/authors/train.parquet", eval_accuracy=0.9),
+    ]
+    return written(rows, tmp_path / "downstream.csv")
+
+
+def test_downstream_beside_the_twin_of_the_same_task_and_seed(downstream):
+    table = cells_of(downstream_table(downstream))
+    slots, twin = "Linformer, mean_pool", "softmax attention (k = n), the twin"
+    assert table == [
+        ["rte", "2,490", "277", twin, "512", "512", "0%", "2", "61.0 ± 1.4", ""],
+        ["rte", "2,490", "277", slots, "32", "512", "25%", "2", "59.5 ± 2.1", "-1.5 ± 0.7"],
+        ["rte", "2,490", "277", slots, "64 + 1 + 3 x 32", "512", "25%", "1", "60.5", "+0.5"],
+        ["mrpc", "2,490", "277", twin, "512", "512", "0%", "1", "80.0", ""],
+        ["mrpc", "2,490", "277", slots, "32", "512", "25%", "1", "78.5", "-1.5"],
+        ["cola", "2,490", "277", twin, "512", "512", "0%", "1", "30.0", ""],
+        ["cola", "2,490", "277", slots, "32", "512", "0%", "1", "50.0", "+20.0"],
+        ["authors", "2,490", "277", slots, "64 + 1 + 3 x 32", "4096", "25%", "1", "90.0", ""],
+        ["mean of the 2 tasks with compressed texts", "", "", slots, "32", "512", "", "", "", "-1.5"],
+    ]
+
+
+def test_the_downstream_figure_shows_what_has_a_twin(downstream, tmp_path):
+    found = plot_downstream.points(downstream)
+    slots = found["Linformer, mean_pool, 32 keys, reads 512"]
+    assert slots["rte\n2,490 rows"] == pytest.approx([-2.0, -1.0])
+    assert not any("authors" in task for values in found.values() for task in values)
+    plot_downstream.main(
+        ["--results_file", str(tmp_path / "downstream.csv"), "--output_file", str(tmp_path / "figure.png")]
+    )
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    with pytest.raises(UserError, match="no task has both"):
+        plot_downstream.draw(downstream[-1:])

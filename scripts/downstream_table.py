@@ -1,0 +1,68 @@
+"""The table of results/downstream.csv, for scripts/make_tables.py: what is left of the twin's score in each task."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from make_tables import keys_of_a_query, name_of, spread
+
+
+Row = dict[str, str]
+# A task: its name, and on how many rows models were trained and judged.
+Task = tuple[str, str, str]
+# A model: its name, keys a query and tokens read.
+Model = tuple[str, str, str]
+
+
+def task_of(row: Row) -> Task:
+    name = row["task"] or Path(row["data"].split()[0]).parent.name
+    return name, row["training_rows"], row["evaluated_rows"]
+
+
+def model_of(row: Row) -> Model:
+    return name_of(row), keys_of_a_query(row), row["max_length"]
+
+
+def score_of(row: Row) -> float:
+    """The task's own score in points, or the accuracy."""
+    return 100 * float(row["eval_score"] if row.get("eval_score") else row["eval_accuracy"])
+
+
+def grouped(rows: Sequence[Row]) -> dict[Task, dict[Model, dict[str, Row]]]:
+    """The rows of each task, model and seed."""
+    groups: dict[Task, dict[Model, dict[str, Row]]] = {}
+    for row in rows:
+        groups.setdefault(task_of(row), {}).setdefault(model_of(row), {})[row["seed"]] = row
+    return groups
+
+
+def differences(runs: dict[str, Row], models: dict[Model, dict[str, Row]]) -> list[float]:
+    """Points above the twin of the same task and seed, for each seed that it has too."""
+    twin = next((runs for (name, _, _), runs in models.items() if name.endswith("the twin")), {})
+    return [score_of(row) - score_of(twin[seed]) for seed, row in runs.items() if seed in twin]
+
+
+def signed(values: Sequence[float]) -> str:
+    """Mean and spread with a sign, or nothing."""
+    return ("" if spread(values, 1).startswith("-") else "+") + spread(values, 1) if values else ""
+
+
+def downstream_table(rows: Sequence[Row]) -> list[str]:
+    """A line for each task and model, its seeds together, then the mean over tasks whose texts a model compresses."""
+    header = ["task", "trained on", "judged on", "model", "keys a query", "tokens read", "compressed texts"]
+    header += ["seeds", "score", "beside the twin"]
+    lines = [header, ["---"] * len(header)]
+    compressing: dict[Model, list[float]] = {}
+    for (task, trained, judged), models in grouped(rows).items():
+        for model, runs in sorted(models.items(), key=lambda item: not item[0][0].endswith("the twin")):
+            shares = [float(row.get("compressed_share_validation") or 0) for row in runs.values()]
+            above = [] if model[0].endswith("the twin") else differences(runs, models)
+            if above and max(shares) > 0:
+                compressing.setdefault(model, []).append(sum(above) / len(above))
+            counts = [f"{int(count):,}" for count in (trained, judged)]
+            cells = [task, *counts, *model, f"{max(shares):.0%}", str(len(runs))]
+            lines.append([*cells, spread([score_of(row) for row in runs.values()], 1), signed(above)])
+    for model, values in compressing.items():
+        if len(values) > 1:
+            name = f"mean of the {len(values)} tasks with compressed texts"
+            lines.append([name, "", "", *model, "", "", "", signed([sum(values) / len(values)])])
+    return [f"| {' | '.join(cells)} |" for cells in lines]

@@ -1,0 +1,84 @@
+"""Draw how far Linformers are from their softmax twin in each task, from the CSV of scripts/finetune.py.
+
+    python scripts/plot_downstream.py       # results/downstream.csv -> results/figures/downstream.png
+
+A point is the mean over seeds, its bar their standard deviation; the twin is the line at 0.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+
+from common import ROOT, UserError, parse_arguments, run_main, write_aside
+from downstream_table import Row, differences, grouped
+from make_tables import read_rows
+
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot  # noqa: E402
+
+
+@dataclass
+class Arguments:
+    """What is drawn, and where."""
+
+    results_file: str = field(
+        default=str(ROOT / "results" / "downstream.csv"), metadata={"help": "The CSV of scripts/finetune.py."}
+    )
+    output_file: str = field(
+        default=str(ROOT / "results" / "figures" / "downstream.png"), metadata={"help": "The figure, a .png."}
+    )
+
+
+def points(rows: Sequence[Row]) -> dict[str, dict[str, list[float]]]:
+    """Of each model, by task, its points above the twin, one a seed; tasks without a twin are left out."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for (task, trained, _), models in grouped(rows).items():
+        for (name, keys, length), runs in models.items():
+            values = differences(runs, models)
+            if values and not name.endswith("the twin"):
+                label = f"{name}, {keys} keys, reads {int(length):,}"
+                found.setdefault(label, {})[f"{task}\n{int(trained):,} rows"] = values
+    return found
+
+
+def draw(rows: Sequence[Row]) -> pyplot.Figure:
+    """A column for each task, a colour for each model."""
+    models = points(rows)
+    tasks = list(dict.fromkeys(task for values in models.values() for task in values))
+    if not tasks:
+        raise UserError("no task has both a Linformer and its twin with the same seed")
+    figure, axis = pyplot.subplots(figsize=(max(6.5, 1.2 * len(tasks) + 4), 4.5))
+    for number, (label, values) in enumerate(models.items()):
+        offset = (number - (len(models) - 1) / 2) * 0.6 / len(models)
+        places = [tasks.index(task) + offset for task in values]
+        spreads = [statistics.stdev(seeds) if len(seeds) > 1 else 0 for seeds in values.values()]
+        means = [statistics.mean(seeds) for seeds in values.values()]
+        axis.errorbar(places, means, yerr=spreads, fmt="o", capsize=3, label=label)
+    axis.axhline(0, color="black", linestyle="--", label="the softmax twin")
+    axis.set_xticks(range(len(tasks)), tasks)
+    axis.set_ylabel("points above the twin")
+    axis.grid(True, axis="y", alpha=0.3)
+    axis.legend(fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
+    figure.tight_layout()
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (arguments,) = parse_arguments((Arguments,), argv, description=__doc__)
+    rows = read_rows(Path(arguments.results_file))
+    if not rows:
+        raise UserError(f"{arguments.results_file} has no rows to draw")
+    figure = draw(rows)
+    with write_aside(arguments.output_file) as aside:
+        figure.savefig(aside, format="png", dpi=150)
+    pyplot.close(figure)
+    print(f"wrote {arguments.output_file}")
+
+
+if __name__ == "__main__":
+    run_main(main)
