@@ -25,7 +25,7 @@ def test_every_python_block_is_run_or_says_why_not():
 
 @pytest.mark.parametrize(("code", "printed"), SNIPPETS)
 def test_snippets_print_what_the_page_says(code, printed, tmp_path):
-    for folder in ("tokenizer", "configs", "data", "checkpoints"):
+    for folder in ("tokenizer", "configs", "data", "checkpoints", "scripts"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
