@@ -340,7 +340,3 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)
-
-
-# bridge: remove
-from examples import DataArguments, load_examples  # noqa: E402,F401
