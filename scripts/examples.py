@@ -1,5 +1,6 @@
 """Labelled examples: texts or pairs of texts with a class, several classes or a number; GLUE and IMDB by name."""
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -139,6 +140,36 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "The same for validation and test."})
 
 
+@dataclass
+class LabelledArguments:
+    """Where the texts are that a model is judged on."""
+
+    task_name: str | None = field(
+        default=None,
+        metadata={"help": "A task of scripts/finetune.py, with its columns and labels.", "choices": list(TASKS)},
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "A data set on the Hub, or a local folder that `load_dataset` understands."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration, e.g. sst2 of glue."})
+    dataset_split: str | None = field(
+        default=None, metadata={"help": "Its split. Default: test, or the one that a task is judged on."}
+    )
+    test_file: list[str] | None = field(
+        default=None,
+        metadata={"help": "Instead: csv, tsv, json, jsonl or parquet, also with .gz; several if need be."},
+    )
+    text_column: list[str] | None = field(
+        default=None,
+        metadata={"help": "One column, or two for pairs of texts. Default: a usual name, or the only text."},
+    )
+    label_column: str | None = field(default=None, metadata={"help": "Default: label, or labels."})
+    label_separator: str | None = field(
+        default=None, metadata={"help": "What stands between the labels of a text with several, e.g. ';'."}
+    )
+    max_eval_samples: int | None = field(default=None, metadata={"help": "So many rows, drawn by the seed."})
+
+
 def with_task(arguments: DataArguments) -> tuple[DataArguments, Task | None]:
     """The arguments with what --task_name stands for, where they do not say otherwise; and the task."""
     if arguments.task_name is None:
@@ -196,7 +227,7 @@ def _load_splits(arguments: DataArguments, task: Task | None) -> DatasetDict:
     return DatasetDict(splits | load_data_files({split: paths for split, paths in files.items() if paths}))
 
 
-def _find_columns(arguments: DataArguments, dataset: Dataset) -> tuple[list[str], str]:
+def _find_columns(arguments: DataArguments | LabelledArguments, dataset: Dataset) -> tuple[list[str], str]:
     columns = dataset.column_names
     label = arguments.label_column or next((name for name in ("label", "labels") if name in columns), None)
     if label is None:
@@ -361,6 +392,66 @@ def load_examples(arguments: DataArguments, seed: int) -> tuple[DatasetDict, lis
         if limit is not None and limit < len(dataset):
             splits[split] = dataset.shuffle(seed=seed).select(range(limit))
     return splits, label_names
+
+
+def load_labelled(arguments: LabelledArguments, names: Sequence[str] | None, several: bool, seed: int) -> Dataset:
+    """One set of texts with the labels that a model knows: the columns `text`, `text_pair` (for pairs) and `label`.
+
+    names: the model's labels in the order of their ids, None for numbers; several: whether a text may have several
+    Labels are ids, lists of them, or numbers. Raises `UserError` for anything amiss.
+    """
+    task = TASKS[arguments.task_name] if arguments.task_name else None
+    if arguments.test_file:
+        dataset = load_data_files({"test": arguments.test_file})["test"]
+        where = f"of {', '.join(arguments.test_file)}"
+    else:
+        name = arguments.dataset_name or (task.dataset_name if task else None)
+        if name is None:
+            raise UserError("nothing to judge on: give --task_name, --dataset_name or --test_file")
+        config_name = arguments.dataset_config_name
+        if task and task.submissions and arguments.dataset_name is None:
+            config_name = config_name or arguments.task_name
+        split = arguments.dataset_split or (task and (task.test_split or task.validation_split)) or "test"
+        available = load_named(name, config_name)
+        if split not in available:
+            raise UserError(
+                f"{name} has no split {split!r}; it has {sorted(available)}: name one with --dataset_split"
+            )
+        dataset, where = available[split], f"{split} of {name}"
+    if len(dataset) == 0:
+        raise UserError(f"the set {where} is empty")
+    asked = arguments
+    if task:
+        columns = arguments.text_column or list(task.text_columns)
+        asked = replace(arguments, text_column=columns, label_column=arguments.label_column or "label")
+    text_columns, column = _find_columns(asked, dataset)
+    _check_texts("test", dataset, text_columns)
+    if column not in dataset.column_names:
+        raise UserError(f"the set {where} has no column {column!r}; it has {dataset.column_names}")
+    if arguments.label_separator is not None:
+        dataset = _split_labels("test", dataset, column, arguments.label_separator)
+    if isinstance(dataset.features[column], datasets.List) != several:
+        raise UserError(
+            f"column {column!r} holds {dataset.features[column]}, and the model gives a text "
+            f"{'several labels: lists, or --label_separator' if several else 'one label'}"
+        )
+    if names is None:
+        labels: list[Any] = _numbers("test", dataset, column)
+    else:
+        rows = _label_names("test", dataset, column, task.label_names if task else None)
+        ids = {name: index for index, name in enumerate(names)}
+        if all(re.fullmatch(r"LABEL_\d+", name) for name in names):
+            # Names that nobody gave: labels are numbered.
+            ids |= {str(index): index for index in range(len(names))}
+        if unknown := sorted({name for row in rows for name in row} - ids.keys()):
+            raise UserError(f"the set {where} has labels {unknown}, and the model knows {list(names)}")
+        labels = [[ids[name] for name in row] if several else ids[row[0]] for row in rows]
+    texts = dataset.select_columns(text_columns).rename_columns(dict(zip(text_columns, ["text", "text_pair"])))
+    feature = Value("float32") if names is None else Value("int64")
+    dataset = texts.add_column("label", labels, feature=datasets.List(feature) if several else feature)
+    if arguments.max_eval_samples is not None and arguments.max_eval_samples < len(dataset):
+        dataset = dataset.shuffle(seed=seed).select(range(arguments.max_eval_samples))
+    return dataset
 
 
 def load_unlabelled(arguments: DataArguments) -> dict[str, Dataset]:

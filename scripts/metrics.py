@@ -147,25 +147,30 @@ def choose_metrics(
     metric_name: str | None = None,
     is_multi_label: bool = False,
     task_metrics: Sequence[str] = (),
+    is_checked: bool = True,
 ) -> ComputeMetrics:
     """The metrics for classification into `num_labels` classes, or for regression (None), as one function.
 
     It takes predictions and references, a number each or with is_multi_label a row of 0 and 1, and returns a
     dictionary. `metric_name` adds one more metric. With `task_metrics` only these are given, and their mean, `score`.
+    is_checked: by `evaluate`, which takes its time; not where the same rows are drawn a thousand times
     """
     extra = load_metric(metric_name) if metric_name else None
+
+    def compute(metric: _Metric, both: dict[str, Values], **kwargs: Any) -> dict[str, float]:
+        return metric.compute(**both, **kwargs) if is_checked else metric._compute(**both, **kwargs)
 
     def compute_metrics(predictions: Values, references: Values) -> dict[str, float]:
         both = {"predictions": predictions, "references": references}
         if num_labels is None:
-            values = {**PearsonSpearman().compute(**both), **MeanSquaredError().compute(**both)}
+            values = {**compute(PearsonSpearman(), both), **compute(MeanSquaredError(), both)}
         elif is_multi_label:
-            values = MultiLabel().compute(**both)
+            values = compute(MultiLabel(), both)
         else:
-            values = {**Accuracy().compute(**both), "f1_macro": F1().compute(**both, average="macro")["f1"]}
+            values = {**compute(Accuracy(), both), "f1_macro": compute(F1(), both, average="macro")["f1"]}
             if num_labels == 2:
-                values |= F1().compute(**both)
-            values |= MatthewsCorrelation().compute(**both)
+                values |= compute(F1(), both)
+            values |= compute(MatthewsCorrelation(), both)
         if task_metrics:
             values = {name: values[name] for name in task_metrics}
             values["score"] = sum(values.values()) / len(values)

@@ -131,11 +131,12 @@ class Classifier(NamedTuple):
     problem_type: str
 
 
-def load_classifier(arguments: Arguments) -> Classifier:
-    name, trust = arguments.model_name_or_path, {"trust_remote_code": arguments.trust_remote_code}
+def load_classifier(name: str, dtype: str, max_length: int | None, trust_remote_code: bool) -> Classifier:
+    """A trained classifier that reads max_length tokens, None: all that it can. Raises `UserError` for any other."""
+    trust = {"trust_remote_code": trust_remote_code}
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=getattr(torch, arguments.dtype), use_safetensors=True, output_loading_info=True, **trust
+            name, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **trust
         )
         tokenizer = AutoTokenizer.from_pretrained(name, **trust)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
@@ -152,19 +153,19 @@ def load_classifier(arguments: Arguments) -> Classifier:
 
     positions = longest_input(model) or math.inf
     # The tokenizer knows the length of training; the model's table of positions may be longer.
-    max_length = arguments.max_length or min(tokenizer.model_max_length, positions)
+    read = max_length or min(tokenizer.model_max_length, positions)
     special = tokenizer.num_special_tokens_to_add()
-    if max_length > 2**31:
+    if read > 2**31:
         raise UserError(f"{name} does not say how many tokens it reads; say it with --max_length")
-    if not special < max_length <= positions:
+    if not special < read <= positions:
         raise UserError(
-            f"--max_length is {max_length}, and {name} reads {positions:,} tokens at most, {special} of them special"
+            f"--max_length is {read}, and {name} reads {positions:,} tokens at most, {special} of them special"
         )
     id2label: dict[int, str] = model.config.id2label
     names = [str(id2label[index]) for index in range(len(id2label))]
     usual = "regression" if len(names) == 1 else "single_label_classification"
     model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    return Classifier(model, tokenizer, int(max_length), names, model.config.problem_type or usual)
+    return Classifier(model, tokenizer, int(read), names, model.config.problem_type or usual)
 
 
 def identity_of(arguments: Arguments, classifier: Classifier) -> dict[str, Any]:
@@ -476,7 +477,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         name: find_columns(name, path, arguments.text_column, arguments.id_column) for name, path in tables.items()
     }
     logging.disable_progress_bar()
-    classifier = load_classifier(arguments)
+    classifier = load_classifier(
+        arguments.model_name_or_path, arguments.dtype, arguments.max_length, arguments.trust_remote_code
+    )
     schema, columns = schema_of(classifier)
     output.start(schema, identity_of(arguments, classifier), arguments.resume, arguments.overwrite)
     if output.is_whole:

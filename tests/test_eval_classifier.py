@@ -1,0 +1,228 @@
+"""scripts/eval_classifier.py: its arithmetic on cases worked out by hand, and whole runs with small models."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from sklearn.metrics import accuracy_score, f1_score
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import eval_classifier
+from common import UserError
+from metrics import choose_metrics
+from tiny import WORDS, save_classifier
+
+
+LABELS = ["law", "peace", "war"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A classifier with random weights, whose answers vary from text to text."""
+    return save_classifier(tmp_path_factory.mktemp("model"), LABELS, initializer_range=0.6)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    """Texts of 1 to 40 words with a label each."""
+    generator = np.random.default_rng(0)
+    rows = [
+        {"text": " ".join(generator.choice(WORDS, size=1 + 7 * row % 40)), "label": LABELS[generator.integers(3)]}
+        for row in range(60)
+    ]
+    path = tmp_path_factory.mktemp("texts") / "texts.csv"
+    pd.DataFrame(rows).to_csv(path, index=False)
+    return path
+
+
+def judge(model: Path, texts: Path, output_dir: Path, *more: object) -> dict:
+    given = ["--model_name_or_path", model, "--test_file", texts, "--output_dir", output_dir]
+    eval_classifier.main([str(word) for word in [*given, "--bootstrap_resamples", 200, *more]])
+    return json.loads((output_dir / "metrics.json").read_text())
+
+
+# Arithmetic
+
+
+def test_calibration_by_hand():
+    probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.3, 0.7]])
+    measured = eval_classifier.calibration(probabilities, np.array([0, 1, 1, 1]), bins=10)
+    # Bins 0.6, 0.7 and 0.9: |1 - 0.6| / 4 + |1 - 0.7| / 4 + 2 |0.5 - 0.9| / 4
+    assert measured["expected_calibration_error"] == pytest.approx(0.1 + 0.075 + 0.2)
+    assert measured["brier_score"] == pytest.approx((0.02 + 1.62 + 0.32 + 0.18) / 4)
+    assert [row["rows"] for row in measured["bins"]] == [1, 1, 2]
+    certain = eval_classifier.calibration(np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([0, 1]))
+    assert certain["expected_calibration_error"] == certain["brier_score"] == 0
+
+
+def test_lengths_fall_into_powers_of_two():
+    lengths = np.array([1, 64, 65, 128, 1000])
+    right = np.array([True, False, True, True, False])
+    table = eval_classifier.by_length(right, lengths, max_length=100, confidence=0.95)
+    assert [(row["tokens"], row["rows"], row["accuracy"], row["cut"]) for row in table] == [
+        ("1 to 64", 2, 0.5, 0.0),
+        ("65 to 128", 2, 1.0, 0.5),
+        ("513 to 1,024", 1, 0.0, 1.0),
+    ]
+    assert all(0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1 for row in table)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    generator = np.random.default_rng(1)
+    compute = choose_metrics(2, is_checked=False)
+    held = 0
+    for seed in range(100):
+        right = generator.random(80) < 0.7
+        labels = generator.integers(0, 2, 80)
+        predictions = np.where(right, labels, 1 - labels)
+        (drawn,) = eval_classifier.resampled(compute, [predictions], labels, 100, seed)
+        low, high = eval_classifier.interval(drawn["accuracy"], 0.9)
+        held += low <= 0.7 <= high
+    assert 80 <= held <= 98
+
+
+def test_both_models_are_judged_on_the_same_rows():
+    generator = np.random.default_rng(2)
+    labels = generator.integers(0, 3, 50)
+    predictions = generator.integers(0, 3, 50)
+    compute = choose_metrics(3, is_checked=False)
+    one, other = eval_classifier.resampled(compute, [predictions, predictions], labels, 20, 0)
+    assert all((one[name] == other[name]).all() and one[name].std() > 0 for name in one)
+
+
+# Whole runs
+
+
+def test_metrics_predictions_and_pictures(model, texts, tmp_path, capsys):
+    found = judge(model, texts, tmp_path / "out", "--results_file", tmp_path / "results.csv")
+    rows = list(csv.DictReader((tmp_path / "out" / "predictions.csv").open()))
+    given = pd.read_csv(texts)
+    assert [row["label"] for row in rows] == list(given["label"])
+
+    classifier = AutoModelForSequenceClassification.from_pretrained(model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    for text, row in zip(given["text"], rows):
+        with torch.no_grad():
+            alone = classifier(**tokenizer(text, return_tensors="pt", truncation=True)).logits.softmax(-1)[0]
+        assert [float(row[f"probability of {name}"]) for name in LABELS] == pytest.approx(alone.tolist(), abs=1e-5)
+        assert row["prediction"] == LABELS[alone.argmax()]
+        assert int(row["tokens"]) == len(tokenizer(text, verbose=False)["input_ids"])
+    predictions, labels = ([row[name] for row in rows] for name in ("prediction", "label"))
+    assert len(set(predictions)) > 1
+    metrics = found["metrics"]
+    assert metrics["accuracy"]["value"] == pytest.approx(accuracy_score(labels, predictions))
+    assert metrics["f1_macro"]["value"] == pytest.approx(f1_score(labels, predictions, average="macro"))
+    assert all(metric["low"] < metric["value"] < metric["high"] for metric in metrics.values())
+    assert found["majority_accuracy"] == pytest.approx(given["label"].value_counts().max() / 60)
+    assert sum(row["rows"] for row in found["by_length"]) == 60
+    for name in ("confusion_matrix", "accuracy_by_length", "calibration"):
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5_000
+    (row,) = csv.DictReader((tmp_path / "results.csv").open())
+    assert float(row["accuracy"]) == pytest.approx(metrics["accuracy"]["value"], rel=1e-5)
+    assert float(row["accuracy_low"]) <= float(row["accuracy"])
+    assert "expected_calibration_error" in capsys.readouterr().out
+
+    again = judge(model, texts, tmp_path / "again", "--per_device_eval_batch_size", 7)
+    assert again["metrics"] == metrics
+    cut = judge(model, texts, tmp_path / "cut", "--max_length", 8)
+    assert [row["cut"] for row in csv.DictReader((tmp_path / "cut" / "predictions.csv").open())].count("true") > 30
+    assert sum(row["cut"] for row in cut["by_length"]) > 0
+
+
+def test_two_models_on_the_same_rows(model, texts, tmp_path, capsys):
+    judge(model, texts, tmp_path / "one")
+    same = judge(model, texts, tmp_path / "same", "--compare_with", tmp_path / "one" / "predictions.csv")
+    assert all(value == {"value": 0, "low": 0, "high": 0} for value in same["differences"].values())
+    assert same["mcnemar"] == {"only_this": 0, "only_the_other": 0, "p_value": 1.0}
+
+    rows = list(csv.DictReader((tmp_path / "one" / "predictions.csv").open()))
+    right = sum(row["prediction"] == row["label"] for row in rows)
+    for row in rows:
+        row["prediction"] = row["label"]
+    eval_classifier.write_predictions(tmp_path / "oracle.csv", rows)
+    behind = judge(model, texts, tmp_path / "behind", "--compare_with", tmp_path / "oracle.csv")
+    assert behind["differences"]["accuracy"]["value"] == pytest.approx(right / 60 - 1)
+    assert behind["differences"]["accuracy"]["high"] < 0
+    assert behind["mcnemar"]["only_the_other"] == 60 - right and behind["mcnemar"]["p_value"] < 1e-3
+
+    with pytest.raises(UserError, match="must be judged on the same rows in the same order"):
+        judge(model, texts, tmp_path / "x", "--compare_with", tmp_path / "oracle.csv", "--max_eval_samples", 5)
+    with pytest.raises(UserError, match="nowhere.csv does not exist"):
+        judge(model, texts, tmp_path / "x", "--compare_with", "nowhere.csv")
+    rows[0]["prediction"] = "tax"
+    eval_classifier.write_predictions(tmp_path / "other.csv", rows)
+    with pytest.raises(UserError, match="the prediction 'tax', and the classes are"):
+        judge(model, texts, tmp_path / "x", "--compare_with", tmp_path / "other.csv")
+
+
+def test_numbers(texts, tmp_path):
+    numbers = save_classifier(tmp_path / "numbers", ["value"], problem_type="regression", initializer_range=0.6)
+    pd.read_csv(texts).assign(label=np.linspace(0, 5, 60)).to_csv(tmp_path / "numbers.csv", index=False)
+    found = judge(numbers, tmp_path / "numbers.csv", tmp_path / "out")
+    assert set(found["metrics"]) == {"pearson", "spearman", "mse"} and "calibration" not in found
+    assert (tmp_path / "out" / "predictions.png").stat().st_size > 5_000
+
+
+def test_several_labels(texts, tmp_path):
+    several = save_classifier(
+        tmp_path / "several", LABELS, problem_type="multi_label_classification", initializer_range=0.6
+    )
+    labels = ["law; war", "", "peace"] * 20
+    pd.read_csv(texts).assign(label=labels).to_csv(tmp_path / "several.csv", index=False)
+    found = judge(several, tmp_path / "several.csv", tmp_path / "out", "--label_separator", ";")
+    assert set(found["metrics"]) == {"accuracy", "f1_micro", "f1_macro"}
+    rows = list(csv.DictReader((tmp_path / "out" / "predictions.csv").open()))
+    assert [row["label"] for row in rows] == labels
+    same = judge(
+        *(several, tmp_path / "several.csv", tmp_path / "same", "--label_separator", ";"),
+        *("--compare_with", tmp_path / "out" / "predictions.csv"),
+    )
+    assert same["differences"]["f1_micro"]["value"] == 0
+    with pytest.raises(UserError, match="the model gives a text several labels: lists, or --label_separator"):
+        judge(several, texts, tmp_path / "x")
+
+
+def test_bad_input_is_refused(model, texts, tmp_path):
+    judge(model, texts, tmp_path / "out")
+    with pytest.raises(UserError, match="holds results already"):
+        judge(model, texts, tmp_path / "out")
+    judge(model, texts, tmp_path / "out", "--overwrite_output_dir")
+    pd.read_csv(texts).replace({"war": "tax"}).to_csv(tmp_path / "tax.csv", index=False)
+    with pytest.raises(UserError, match=r"labels \['tax'\], and the model knows \['law', 'peace', 'war'\]"):
+        judge(model, tmp_path / "tax.csv", tmp_path / "x")
+    with pytest.raises(UserError, match="no column 'kind'"):
+        judge(model, texts, tmp_path / "x", "--label_column", "kind")
+    with pytest.raises(UserError, match="--confidence must lie between 0 and 1, and is 95"):
+        judge(model, texts, tmp_path / "x", "--confidence", 95)
+    with pytest.raises(UserError, match="nothing to judge on"):
+        eval_classifier.main(["--model_name_or_path", str(model), "--output_dir", str(tmp_path / "x")])
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_task_and_numbered_labels(tmp_path, texts):
+    rows = pd.read_csv(texts).rename(columns={"text": "sentence"})
+    rows["label"] = [row % 2 for row in range(60)]
+    (tmp_path / "sst2").mkdir()
+    rows.to_parquet(tmp_path / "sst2" / "validation.parquet")
+    rows.to_parquet(tmp_path / "sst2" / "train.parquet")
+    named = save_classifier(tmp_path / "named", ["negative", "positive"])
+    output = ["--output_dir", str(tmp_path / "named_out"), "--bootstrap_resamples", "20"]
+    given = ["--task_name", "sst2", "--dataset_name", str(tmp_path / "sst2"), *output]
+    eval_classifier.main(["--model_name_or_path", str(named), *given])
+    written = list(csv.DictReader((tmp_path / "named_out" / "predictions.csv").open()))
+    assert [row["label"] for row in written][:2] == ["negative", "positive"]
+    numbered = save_classifier(tmp_path / "numbered", ["LABEL_0", "LABEL_1"])
+    judge(numbered, tmp_path / "sst2" / "validation.parquet", tmp_path / "numbered_out")
+    written = list(csv.DictReader((tmp_path / "numbered_out" / "predictions.csv").open()))
+    assert [row["label"] for row in written][:2] == ["LABEL_0", "LABEL_1"]
