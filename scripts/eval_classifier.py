@@ -73,6 +73,10 @@ class Arguments:
     )
 
 
+OUTPUTS = ("metrics.json", "predictions.csv", "predictions.png", "confusion_matrix.png", "accuracy_by_length.png")
+OUTPUTS += ("calibration.png",)
+
+
 def resampled(
     compute_metrics: ComputeMetrics, predictions: Sequence[np.ndarray], labels: np.ndarray, times: int, seed: int
 ) -> list[dict[str, np.ndarray]]:
@@ -251,8 +255,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not 0 < arguments.confidence < 1:
         raise UserError(f"--confidence must lie between 0 and 1, and is {arguments.confidence}")
     output_dir = Path(arguments.output_dir)
-    if (output_dir / "metrics.json").exists() and not arguments.overwrite_output_dir:
-        raise UserError(f"{output_dir} holds results already; choose another folder or give --overwrite_output_dir")
+    there = [name for name in OUTPUTS if (output_dir / name).exists()]
+    if there and not arguments.overwrite_output_dir:
+        raise UserError(
+            f"{output_dir} holds {', '.join(there)} already; choose another folder or give --overwrite_output_dir"
+        )
     started = time.perf_counter()
     classifier = load_classifier(
         arguments.model_name_or_path, arguments.dtype, arguments.max_length, arguments.trust_remote_code

@@ -195,8 +195,14 @@ def test_several_labels(texts, tmp_path):
 
 def test_bad_input_is_refused(model, texts, tmp_path):
     judge(model, texts, tmp_path / "out")
-    with pytest.raises(UserError, match="holds results already"):
+    with pytest.raises(UserError, match="holds metrics.json, predictions.csv, .* already"):
         judge(model, texts, tmp_path / "out")
+    # What a user made is not replaced either.
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "predictions.csv").write_text("mine")
+    with pytest.raises(UserError, match="holds predictions.csv already"):
+        judge(model, texts, tmp_path / "mine")
+    assert (tmp_path / "mine" / "predictions.csv").read_text() == "mine"
     judge(model, texts, tmp_path / "out", "--overwrite_output_dir")
     pd.read_csv(texts).replace({"war": "tax"}).to_csv(tmp_path / "tax.csv", index=False)
     with pytest.raises(UserError, match=r"labels \['tax'\], and the model knows \['law', 'peace', 'war'\]"):
