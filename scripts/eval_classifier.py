@@ -32,7 +32,7 @@ from sklearn.metrics import ConfusionMatrixDisplay
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding
 
-from common import UserError, append_result, format_table, parse_arguments, run_main, write_aside, write_json
+from common import UserError, append_result, format_table, one_line, parse_arguments, run_main, write_aside, write_json
 from examples import LabelledArguments, load_labelled
 from finetune import longest_first, outputs_of, predictions_of, tokenize
 from metrics import ComputeMetrics, choose_metrics
@@ -73,8 +73,8 @@ class Arguments:
     )
 
 
-OUTPUTS = ("metrics.json", "predictions.csv", "predictions.png", "confusion_matrix.png", "accuracy_by_length.png")
-OUTPUTS += ("calibration.png",)
+OUTPUTS = ["metrics.json", "predictions.csv", "predictions.png", "confusion_matrix.png", "accuracy_by_length.png"]
+OUTPUTS += ["calibration.png"]
 
 
 def resampled(
@@ -160,8 +160,11 @@ def read_predictions(path: Path, labels: Sequence[str]) -> list[str]:
     """Another model's predictions. Raises `UserError` where they are of other rows."""
     if not path.is_file():
         raise UserError(f"--compare_with {path} does not exist; scripts/eval_classifier.py writes predictions.csv")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read --compare_with {path}: {one_line(error)}") from error
     if not rows or not {"label", "prediction"} <= rows[0].keys():
         raise UserError(f"--compare_with {path} has no rows with the columns label and prediction")
     if [row["label"] for row in rows] != list(labels):
@@ -181,14 +184,20 @@ def save_figure(figure: pyplot.Figure, path: Path) -> None:
 
 def draw_confusion(predictions: np.ndarray, labels: np.ndarray, names: Sequence[str], path: Path) -> None:
     """A row for each true class; the share of it in colour, the number of texts in words."""
-    size = max(4.5, 0.5 * len(names) + 2)
+    # Beyond some thirty classes numbers and names would not be read, and a picture has its limits.
+    is_readable = len(names) <= 30
+    size = max(4.5, 0.5 * min(len(names), 30) + 2)
     figure, axis = pyplot.subplots(figsize=(size, size))
     among = range(len(names))
-    options: dict[str, Any] = {"labels": among, "display_labels": names, "ax": axis, "xticks_rotation": 90}
+    # Between two dollar signs matplotlib would read formulas.
+    shown = [name.replace("$", r"\$") for name in names] if is_readable else None
+    options: dict[str, Any] = {"labels": among, "display_labels": shown, "ax": axis, "xticks_rotation": 90}
     display = ConfusionMatrixDisplay.from_predictions(
         labels, predictions, normalize="true", cmap="Blues", include_values=False, colorbar=False, **options
     )
-    for true in among:
+    if not is_readable:
+        axis.set(xticks=[], yticks=[])
+    for true in among if is_readable else []:
         for predicted in among:
             count = int(((labels == true) & (predictions == predicted)).sum())
             is_dark = display.confusion_matrix[true, predicted] > 0.5
@@ -249,12 +258,15 @@ def from_text(text: str, names: Sequence[str] | None, several: bool) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> None:
     data_arguments, arguments = parse_arguments((LabelledArguments, Arguments), argv, description=__doc__)
-    for name in ("per_device_eval_batch_size", "bootstrap_resamples"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(arguments, name)}")
+    given = vars(data_arguments) | vars(arguments)
+    for name in ("per_device_eval_batch_size", "bootstrap_resamples", "max_length", "max_eval_samples"):
+        if given[name] is not None and given[name] < 1:
+            raise UserError(f"--{name} must be at least 1, not {given[name]}")
     if not 0 < arguments.confidence < 1:
         raise UserError(f"--confidence must lie between 0 and 1, and is {arguments.confidence}")
     output_dir = Path(arguments.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir} is a file; give a folder, which is made if it is not there")
     there = [name for name in OUTPUTS if (output_dir / name).exists()]
     if there and not arguments.overwrite_output_dir:
         raise UserError(

@@ -193,6 +193,14 @@ def test_several_labels(texts, tmp_path):
         judge(several, texts, tmp_path / "x")
 
 
+@pytest.mark.parametrize("count", [2, 300])
+def test_many_labels_and_names_that_look_like_formulas_are_drawn(tmp_path, count):
+    names = ["US$ and CA$", "$^", *(f"class {index}" for index in range(2, count))]
+    classes = np.arange(6) % count
+    eval_classifier.draw_confusion(classes, classes[::-1].copy(), names, tmp_path / "many.png")
+    assert (tmp_path / "many.png").stat().st_size > 5_000
+
+
 def test_bad_input_is_refused(model, texts, tmp_path):
     judge(model, texts, tmp_path / "out")
     with pytest.raises(UserError, match="holds metrics.json, predictions.csv, .* already"):
@@ -209,6 +217,14 @@ def test_bad_input_is_refused(model, texts, tmp_path):
         judge(model, tmp_path / "tax.csv", tmp_path / "x")
     with pytest.raises(UserError, match="no column 'kind'"):
         judge(model, texts, tmp_path / "x", "--label_column", "kind")
+    (tmp_path / "broken.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="cannot read --compare_with .*broken.csv"):
+        judge(model, texts, tmp_path / "x", "--compare_with", tmp_path / "broken.csv")
+    with pytest.raises(UserError, match="--output_dir .*broken.csv is a file"):
+        judge(model, texts, tmp_path / "broken.csv")
+    for option in ("--max_length", "--max_eval_samples"):
+        with pytest.raises(UserError, match=f"{option} must be at least 1, not 0"):
+            judge(model, texts, tmp_path / "x", option, 0)
     with pytest.raises(UserError, match="--confidence must lie between 0 and 1, and is 95"):
         judge(model, texts, tmp_path / "x", "--confidence", 95)
     with pytest.raises(UserError, match="nothing to judge on"):
