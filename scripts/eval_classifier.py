@@ -15,6 +15,8 @@ and accuracy in 15 bins of confidence; Brier's score is the squared distance bet
 """
 
 import csv
+import hashlib
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -30,18 +31,15 @@ from datasets import Dataset, DatasetDict
 from scipy.stats import binomtest
 from sklearn.metrics import ConfusionMatrixDisplay
 from tqdm.auto import tqdm
-from transformers import DataCollatorWithPadding
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from common import UserError, append_result, format_table, one_line, parse_arguments, run_main, write_aside, write_json
 from examples import LabelledArguments, load_labelled
+from figures import pyplot, save_figure
 from finetune import longest_first, outputs_of, predictions_of, tokenize
 from metrics import ComputeMetrics, choose_metrics
-from predict import load_classifier
-
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot  # noqa: E402
+from predict import Classifier, load_classifier
+from predict import tokenize as tokens_of
 
 
 @dataclass
@@ -138,15 +136,21 @@ def by_length(right: np.ndarray, lengths: np.ndarray, max_length: int, confidenc
 # What is read and written
 
 
-def lengths_of(rows: Dataset, tokenizer: Any) -> np.ndarray:
-    """Tokens of each text, or pair, before it is cut."""
+def lengths_of(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Tokens of each text, or pair, before it is cut, in memory that does not grow with them: (rows,)"""
+    columns = [name for name in ("text", "text_pair") if name in rows.column_names]
+    special = tokenizer.num_special_tokens_to_add(pair=len(columns) == 2)
+    lengths: list[int] = []
+    batches = math.ceil(len(rows) / 100)
+    for batch in tqdm(rows.iter(batch_size=100), desc="Counting tokens", total=batches, leave=False):
+        counts = [[len(tokens) for tokens in tokens_of(batch[name], tokenizer)] for name in columns]
+        lengths += [special + sum(of_row) for of_row in zip(*counts)]
+    return np.array(lengths)
 
-    def count(batch: dict[str, list[str]]) -> dict[str, list[int]]:
-        texts = [batch[name] for name in ("text", "text_pair") if name in batch]
-        return {"length": [len(input_ids) for input_ids in tokenizer(*texts, verbose=False)["input_ids"]]}
 
-    columns = rows.column_names
-    return np.array(rows.map(count, batched=True, batch_size=100, remove_columns=columns, desc="Counting")["length"])
+def fingerprint(*texts: str) -> str:
+    """By which two models' rows are known to be of the same text."""
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def write_predictions(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -156,8 +160,8 @@ def write_predictions(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def read_predictions(path: Path, labels: Sequence[str]) -> list[str]:
-    """Another model's predictions. Raises `UserError` where they are of other rows."""
+def read_predictions(path: Path, labels: Sequence[str], fingerprints: Sequence[str]) -> list[str]:
+    """Another model's predictions. Raises `UserError` where they are of other texts, or judged by other labels."""
     if not path.is_file():
         raise UserError(f"--compare_with {path} does not exist; scripts/eval_classifier.py writes predictions.csv")
     try:
@@ -165,21 +169,17 @@ def read_predictions(path: Path, labels: Sequence[str]) -> list[str]:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read --compare_with {path}: {one_line(error)}") from error
-    if not rows or not {"label", "prediction"} <= rows[0].keys():
-        raise UserError(f"--compare_with {path} has no rows with the columns label and prediction")
-    if [row["label"] for row in rows] != list(labels):
-        raise UserError(
-            f"--compare_with {path} has {len(rows)} rows, and not the labels of the {len(labels)} rows judged here: "
-            "both models must be judged on the same rows in the same order"
-        )
+    if not rows or not {"label", "prediction", "fingerprint"} <= rows[0].keys():
+        raise UserError(f"--compare_with {path} has no rows with the columns label, prediction and fingerprint")
+    for name, here in (("label", labels), ("fingerprint", fingerprints)):
+        there = [row[name] for row in rows]
+        if there != list(here):
+            different = sum(one != other for one, other in zip(there, here))
+            raise UserError(
+                f"--compare_with {path} has {len(rows)} rows, of which {different} have another {name} than the "
+                f"{len(here)} judged here: both models must be judged on the same rows in the same order"
+            )
     return [row["prediction"] for row in rows]
-
-
-def save_figure(figure: pyplot.Figure, path: Path) -> None:
-    figure.tight_layout()
-    with write_aside(path) as aside:
-        figure.savefig(aside, format="png", dpi=150)
-    pyplot.close(figure)
 
 
 def draw_confusion(predictions: np.ndarray, labels: np.ndarray, names: Sequence[str], path: Path) -> None:
@@ -250,14 +250,15 @@ def from_text(text: str, names: Sequence[str] | None, several: bool) -> Any:
         if names is None:
             return float(text)
         if several:
-            return np.isin(names, text.split("; ")).astype(int)
+            chosen = [list(names).index(name) for name in text.split("; ") if name]
+            return np.isin(range(len(names)), chosen).astype(int)
         return list(names).index(text)
     except ValueError as error:
         raise UserError(f"--compare_with has the prediction {text!r}, and the classes are {names}") from error
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    data_arguments, arguments = parse_arguments((LabelledArguments, Arguments), argv, description=__doc__)
+def check(data_arguments: LabelledArguments, arguments: Arguments) -> None:
+    """Refuse numbers that cannot be meant, and a folder whose files would be lost."""
     given = vars(data_arguments) | vars(arguments)
     for name in ("per_device_eval_batch_size", "bootstrap_resamples", "max_length", "max_eval_samples"):
         if given[name] is not None and given[name] < 1:
@@ -272,76 +273,107 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             f"{output_dir} holds {', '.join(there)} already; choose another folder or give --overwrite_output_dir"
         )
+
+
+def answer(examples: Dataset, classifier: Classifier, batch_size: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Logits (rows, labels) and labels (rows,) or (rows, labels), in the order of the data."""
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise UserError("eval_classifier.py runs in one process, on one device; start it without accelerate launch")
+    label_ids = None if classifier.problem_type == "regression" else list(range(len(classifier.names)))
+    tokenized = tokenize(DatasetDict(test=examples), classifier.tokenizer, classifier.max_length, label_ids, None)
+    loader, order = longest_first(tokenized["test"], DataCollatorWithPadding(classifier.tokenizer), batch_size)
+    model = accelerator.prepare_model(classifier.model, evaluation_mode=True)
+    logits, labels = outputs_of(accelerator, model, accelerator.prepare(loader))
+    assert labels is not None
+    if not logits.isfinite().all():
+        raise UserError(f"{(~logits.isfinite()).any(-1).sum()} of the model's answers are not finite numbers")
+    back = torch.from_numpy(np.argsort(order))
+    return logits[back], labels[back].numpy()
+
+
+def with_interval(value: float, drawn: np.ndarray, confidence: float) -> dict[str, float]:
+    low, high = interval(drawn, confidence)
+    return {"value": value, "low": low, "high": high}
+
+
+def mcnemar(predictions: Sequence[np.ndarray], labels: np.ndarray) -> dict[str, float]:
+    """Of the rows that one model alone gets right, is it as often the one as the other? Exact, and two-sided."""
+    here, there = (predicted == labels for predicted in predictions)
+    only_here, only_there = int((here & ~there).sum()), int((there & ~here).sum())
+    only = only_here + only_there
+    p_value = float(binomtest(only_here, only).pvalue) if only else 1.0
+    return {"only_this": only_here, "only_the_other": only_there, "p_value": p_value}
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """The tables of what was measured."""
+    for kind, title in (("metrics", "metric"), ("differences", "difference")):
+        if kind in results:
+            print(format_table([{title: name, **value} for name, value in results[kind].items()]))
+    if "mcnemar" in results:
+        print(format_table([results["mcnemar"]]))
+    if "by_length" in results:
+        print(format_table(results["by_length"]))
+        measured = {name: results["calibration"][name] for name in ("expected_calibration_error", "brier_score")}
+        print(format_table([{"calibration": name, "value": value} for name, value in measured.items()]))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    data_arguments, arguments = parse_arguments((LabelledArguments, Arguments), argv, description=__doc__)
+    check(data_arguments, arguments)
+    output_dir = Path(arguments.output_dir)
     started = time.perf_counter()
     classifier = load_classifier(
         arguments.model_name_or_path, arguments.dtype, arguments.max_length, arguments.trust_remote_code
     )
-    is_regression = classifier.problem_type == "regression"
     several = classifier.problem_type == "multi_label_classification"
-    names = None if is_regression else classifier.names
+    names = None if classifier.problem_type == "regression" else classifier.names
     examples = load_labelled(data_arguments, names, several, arguments.seed)
-    num_labels = len(classifier.names)
-    label_ids = None if is_regression else list(range(num_labels))
-    tokenized = tokenize(DatasetDict(test=examples), classifier.tokenizer, classifier.max_length, label_ids, None)
     lengths = lengths_of(examples, classifier.tokenizer)
-
-    accelerator = Accelerator()
-    collate = DataCollatorWithPadding(classifier.tokenizer)
-    loader, order = longest_first(tokenized["test"], collate, arguments.per_device_eval_batch_size)
-    model = accelerator.prepare_model(classifier.model, evaluation_mode=True)
-    sorted_logits, sorted_labels = outputs_of(accelerator, model, accelerator.prepare(loader))
-    assert sorted_labels is not None
-    back = torch.from_numpy(np.argsort(order))
-    logits, labels = sorted_logits[back], sorted_labels[back].numpy()
+    logits, labels = answer(examples, classifier, arguments.per_device_eval_batch_size)
     predictions = predictions_of(logits, classifier.problem_type).numpy()
     labels = labels.astype(predictions.dtype)
+    label_texts = [as_text(label, names) for label in labels]
+    columns = [examples[name] for name in ("text", "text_pair") if name in examples.column_names]
+    fingerprints = [fingerprint(*texts) for texts in zip(*columns)]
 
-    def chosen_metrics(is_checked: bool) -> ComputeMetrics:
-        return choose_metrics(None if is_regression else num_labels, None, several, (), is_checked)
-
-    texts = [as_text(label, names) for label in labels]
     models = [predictions]
     if arguments.compare_with:
-        other = read_predictions(Path(arguments.compare_with), texts)
+        other = read_predictions(Path(arguments.compare_with), label_texts, fingerprints)
         models.append(np.array([from_text(text, names, several) for text in other]))
-    drawn = resampled(chosen_metrics(False), models, labels, arguments.bootstrap_resamples, arguments.seed)
-    values = chosen_metrics(True)(predictions, labels)
-    results: dict[str, Any] = {"rows": len(labels), "confidence": arguments.confidence, "metrics": {}}
-    for name, value in values.items():
-        low, high = interval(drawn[0][name], arguments.confidence)
-        results["metrics"][name] = {"value": value, "low": low, "high": high}
+    num_labels = None if names is None else len(names)
+    checked, unchecked = (choose_metrics(num_labels, None, several, (), is_checked) for is_checked in (True, False))
+    drawn = resampled(unchecked, models, labels, arguments.bootstrap_resamples, arguments.seed)
+    values = [checked(predicted, labels) for predicted in models]
+    confidence = arguments.confidence
+    results: dict[str, Any] = {"rows": len(labels), "confidence": confidence}
+    results["metrics"] = {name: with_interval(values[0][name], drawn[0][name], confidence) for name in values[0]}
     if arguments.compare_with:
-        others = chosen_metrics(True)(models[1], labels)
-        results["compared_with"], results["differences"] = arguments.compare_with, {}
-        for name in values:
-            low, high = interval(drawn[0][name] - drawn[1][name], arguments.confidence)
-            results["differences"][name] = {"value": values[name] - others[name], "low": low, "high": high}
-        if not is_regression and not several:
-            here, there = (predicted == labels for predicted in models)
-            only_here, only_there = int((here & ~there).sum()), int((there & ~here).sum())
-            only = only_here + only_there
-            # McNemar's exact test: of the rows that one model alone gets right, is it as often the one as the other?
-            p_value = float(binomtest(only_here, only).pvalue) if only else 1.0
-            results["mcnemar"] = {"only_this": only_here, "only_the_other": only_there, "p_value": p_value}
+        results["compared_with"] = arguments.compare_with
+        results["differences"] = {
+            name: with_interval(values[0][name] - values[1][name], drawn[0][name] - drawn[1][name], confidence)
+            for name in values[0]
+        }
 
     output_dir.mkdir(parents=True, exist_ok=True)
-    columns: list[tuple[str, Any]] = [("prediction", [as_text(value, names) for value in predictions])]
-    if names is not None:
-        probabilities = (logits.sigmoid() if several else logits.softmax(-1)).numpy()
-        columns += [(f"probability of {name}", probabilities[:, index].tolist()) for index, name in enumerate(names)]
+    probabilities = (logits.sigmoid() if several else logits.softmax(-1)).numpy()
     rows = [
-        {"row": index, "label": texts[index], **{name: column[index] for name, column in columns}}
-        | {"tokens": int(lengths[index]), "cut": str(bool(lengths[index] > classifier.max_length)).lower()}
-        for index in range(len(labels))
+        {"row": row, "label": label_texts[row], "prediction": as_text(predictions[row], names)}
+        | {f"probability of {name}": float(probabilities[row, index]) for index, name in enumerate(names or [])}
+        | {"tokens": int(lengths[row]), "cut": str(bool(lengths[row] > classifier.max_length)).lower()}
+        | {"fingerprint": fingerprints[row]}
+        for row in range(len(labels))
     ]
     write_predictions(output_dir / "predictions.csv", rows)
-    if is_regression:
+    if names is None:
         draw_numbers(predictions, labels, output_dir / "predictions.png")
     elif not several:
-        assert names is not None
+        if arguments.compare_with:
+            results["mcnemar"] = mcnemar(models, labels)
         results["majority_accuracy"] = Counter(labels.tolist()).most_common(1)[0][1] / len(labels)
         results["calibration"] = calibration(probabilities, labels)
-        results["by_length"] = by_length(predictions == labels, lengths, classifier.max_length, arguments.confidence)
+        results["by_length"] = by_length(predictions == labels, lengths, classifier.max_length, confidence)
         draw_confusion(predictions, labels, names, output_dir / "confusion_matrix.png")
         draw_lengths(results["by_length"], output_dir / "accuracy_by_length.png")
         draw_calibration(results["calibration"], output_dir / "calibration.png")
@@ -353,13 +385,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         where = data_arguments.task_name or data_arguments.dataset_name or " ".join(data_arguments.test_file or [])
         described = {"run_name": arguments.run_name, "model": arguments.model_name_or_path, "data": where}
         append_result(arguments.results_file, described | {"rows": len(labels)} | flat, arguments.seed, argv)
-    print(format_table([{"metric": name, **value} for name, value in results["metrics"].items()]))
-    if arguments.compare_with:
-        print(format_table([{"difference": name, **value} for name, value in results["differences"].items()]))
-    if "by_length" in results:
-        print(format_table(results["by_length"]))
-        measured = {name: results["calibration"][name] for name in ("expected_calibration_error", "brier_score")}
-        print(format_table([{"calibration": name, "value": value} for name, value in measured.items()]))
+    print_results(results)
     print(f"metrics, predictions and pictures are in {output_dir}")
 
 

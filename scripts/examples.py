@@ -252,14 +252,23 @@ def _rows(values: Sequence[Any], wrong: Callable[[Any], bool]) -> str:
     return ", ".join(rows[:10]) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
 
 
-def _check_texts(split: str, dataset: Dataset, columns: Sequence[str]) -> None:
-    for column in columns:
+def _checked(
+    where: str, dataset: Dataset, text_columns: Sequence[str], label_column: str | None, separator: str | None = None
+) -> Dataset:
+    """The set if it has rows, the columns, and a text in each row; with `separator`, its labels as lists."""
+    if len(dataset) == 0:
+        raise UserError(f"the {where} set is empty")
+    for column in [*text_columns, *([label_column] if label_column else [])]:
         if column not in dataset.column_names:
-            raise UserError(f"the {split} set has no column {column!r}; it has {dataset.column_names}")
+            raise UserError(f"the {where} set has no column {column!r}; it has {dataset.column_names}")
+    for column in text_columns:
         if dataset.features[column] not in TEXT_TYPES:
-            raise UserError(f"column {column!r} of the {split} set holds {dataset.features[column]}, not text")
+            raise UserError(f"column {column!r} of the {where} set holds {dataset.features[column]}, not text")
         if rows := _rows(_column(dataset, column), lambda text: text is None):
-            raise UserError(f"column {column!r} of the {split} set has no text in rows {rows}")
+            raise UserError(f"column {column!r} of the {where} set has no text in rows {rows}")
+    if label_column is None or separator is None:
+        return dataset
+    return _split_labels(where, dataset, label_column, separator)
 
 
 # Labels
@@ -315,6 +324,50 @@ def _numbers(split: str, dataset: Dataset, column: str) -> list[float]:
     return [float(label) for label in labels]
 
 
+def _label_ids(
+    splits: DatasetDict, column: str, task_name: str | None, do_regression: bool | None
+) -> tuple[dict[str, list[Any]], Any, list[str] | None]:
+    """The labels of each split as ids, lists of ids or numbers, their feature, and the names of the ids.
+
+    The names are the task's or the data's own in their order, else those of the training set, sorted.
+    """
+    kind = splits["train"].features[column]
+    several = isinstance(kind, datasets.List)
+    is_float = isinstance(kind, Value) and "float" in kind.dtype
+    if is_float if do_regression is None else do_regression:
+        return {split: _numbers(split, dataset, column) for split, dataset in splits.items()}, Value("float32"), None
+
+    task_names = TASKS[task_name].label_names if task_name else None
+    named = {split: _label_names(split, dataset, column, task_names) for split, dataset in splits.items()}
+    seen = {split: {name for row in names for name in row} for split, names in named.items()}
+    kind = kind.feature if several else kind
+    is_integer = isinstance(kind, Value) and "int" in kind.dtype
+    if task_names or isinstance(kind, ClassLabel):
+        names = list(task_names or kind.names)
+    else:
+        names = sorted(seen["train"], key=int) if is_integer else sorted(seen["train"])
+    if len(names) < (1 if several else 2):
+        found_labels = f"one label only, {names[0]!r}" if names else "no label"
+        raise UserError(f"the training set has {found_labels}: there is nothing to learn")
+    for split, found in seen.items():
+        if task_names and (unknown := sorted(found - set(names))):
+            raise UserError(f"the {split} set has labels {unknown}; those of {task_name} are {names}")
+        if unseen := sorted(found - seen["train"]):
+            raise UserError(f"the {split} set has labels {unseen} not seen in training, which has {names}")
+    ids = {name: index for index, name in enumerate(names)}
+    labels = {
+        split: [[ids[name] for name in row] if several else ids[row[0]] for row in rows]
+        for split, rows in named.items()
+    }
+    return labels, datasets.List(Value("int64")) if several else Value("int64"), names
+
+
+def _with_labels(dataset: Dataset, text_columns: Sequence[str], labels: list[Any], feature: Any) -> Dataset:
+    """The columns `text`, `text_pair` (for pairs) and `label`."""
+    renamed = dict(zip(text_columns, ["text", "text_pair"]))
+    return dataset.select_columns(text_columns).rename_columns(renamed).add_column("label", labels, feature=feature)
+
+
 def load_examples(arguments: DataArguments, seed: int) -> tuple[DatasetDict, list[str] | None]:
     """Load, check and cut the splits `train`, `validation` and, if asked for, `test`; of MNLI `validation_mismatched`.
 
@@ -324,59 +377,14 @@ def load_examples(arguments: DataArguments, seed: int) -> tuple[DatasetDict, lis
     """
     arguments, task = with_task(arguments)
     splits = _load_splits(arguments, task)
-    for split, dataset in splits.items():
-        if len(dataset) == 0:
-            raise UserError(f"the {split} set is empty")
+    if len(splits["train"]) == 0:
+        raise UserError("the train set is empty")
     text_columns, label_column = _find_columns(arguments, splits["train"])
     for split, dataset in splits.items():
-        _check_texts(split, dataset, text_columns)
-        if label_column not in dataset.column_names:
-            raise UserError(f"the {split} set has no column {label_column!r}; it has {dataset.column_names}")
-        if arguments.label_separator is not None:
-            splits[split] = _split_labels(split, dataset, label_column, arguments.label_separator)
-
-    kind = splits["train"].features[label_column]
-    several = isinstance(kind, datasets.List)
-    is_float = isinstance(kind, Value) and "float" in kind.dtype
-    label_names = None
-    if is_float if arguments.do_regression is None else arguments.do_regression:
-        labels: dict[str, list[Any]] = {
-            split: _numbers(split, dataset, label_column) for split, dataset in splits.items()
-        }
-        feature: Any = Value("float32")
-    else:
-        task_names = task.label_names if task else None
-        named = {split: _label_names(split, dataset, label_column, task_names) for split, dataset in splits.items()}
-        seen = {split: {name for row in names for name in row} for split, names in named.items()}
-        kind = kind.feature if several else kind
-        is_integer = isinstance(kind, Value) and "int" in kind.dtype
-        if task_names or isinstance(kind, ClassLabel):
-            label_names = list(task_names or kind.names)
-        else:
-            label_names = sorted(seen["train"], key=int) if is_integer else sorted(seen["train"])
-        if len(label_names) < (1 if several else 2):
-            raise UserError(
-                f"the training set has {f'one label only, {label_names[0]!r}' if label_names else 'no label'}: "
-                "there is nothing to learn"
-            )
-        for split, names in seen.items():
-            if unknown := sorted(names - set(label_names)) if task_names else []:
-                raise UserError(
-                    f"the {split} set has labels {unknown}; those of {arguments.task_name} are {label_names}"
-                )
-            if unseen := sorted(names - seen["train"]):
-                raise UserError(f"the {split} set has labels {unseen} not seen in training, which has {label_names}")
-        ids = {name: index for index, name in enumerate(label_names)}
-        labels = {
-            split: [[ids[name] for name in row] if several else ids[row[0]] for row in names]
-            for split, names in named.items()
-        }
-        feature = datasets.List(Value("int64")) if several else Value("int64")
-
-    renamed = dict(zip(text_columns, ["text", "text_pair"]))
+        splits[split] = _checked(split, dataset, text_columns, label_column, arguments.label_separator)
+    labels, feature, label_names = _label_ids(splits, label_column, arguments.task_name, arguments.do_regression)
     for split, dataset in splits.items():
-        dataset = dataset.select_columns(text_columns).rename_columns(renamed)
-        splits[split] = dataset.add_column("label", labels[split], feature=feature)
+        splits[split] = _with_labels(dataset, text_columns, labels[split], feature)
 
     if "validation" not in splits:
         held_out = round(len(splits["train"]) * arguments.validation_split_percentage / 100)
@@ -394,61 +402,55 @@ def load_examples(arguments: DataArguments, seed: int) -> tuple[DatasetDict, lis
     return splits, label_names
 
 
+def _load_labelled_set(arguments: LabelledArguments, task: Task | None) -> tuple[Dataset, str]:
+    """The rows to judge on, as they come, and what to call them."""
+    if arguments.test_file:
+        return load_data_files({"test": arguments.test_file})["test"], ", ".join(arguments.test_file)
+    name = arguments.dataset_name or (task.dataset_name if task else None)
+    if name is None:
+        raise UserError("nothing to judge on: give --task_name, --dataset_name or --test_file")
+    config_name = arguments.dataset_config_name
+    if task and task.submissions and arguments.dataset_name is None:
+        config_name = config_name or arguments.task_name
+    split = arguments.dataset_split or (task and (task.test_split or task.validation_split)) or "test"
+    available = load_named(name, config_name)
+    if split not in available:
+        raise UserError(f"{name} has no split {split!r}; it has {sorted(available)}: name one with --dataset_split")
+    return available[split], split
+
+
 def load_labelled(arguments: LabelledArguments, names: Sequence[str] | None, several: bool, seed: int) -> Dataset:
     """One set of texts with the labels that a model knows: the columns `text`, `text_pair` (for pairs) and `label`.
 
-    names: the model's labels in the order of their ids, None for numbers; several: whether a text may have several
+    names: the model's labels in the order of their ids, None for numbers
+    several: whether the model gives a text several labels
     Labels are ids, lists of them, or numbers. Raises `UserError` for anything amiss.
     """
     task = TASKS[arguments.task_name] if arguments.task_name else None
-    if arguments.test_file:
-        dataset = load_data_files({"test": arguments.test_file})["test"]
-        where = f"of {', '.join(arguments.test_file)}"
-    else:
-        name = arguments.dataset_name or (task.dataset_name if task else None)
-        if name is None:
-            raise UserError("nothing to judge on: give --task_name, --dataset_name or --test_file")
-        config_name = arguments.dataset_config_name
-        if task and task.submissions and arguments.dataset_name is None:
-            config_name = config_name or arguments.task_name
-        split = arguments.dataset_split or (task and (task.test_split or task.validation_split)) or "test"
-        available = load_named(name, config_name)
-        if split not in available:
-            raise UserError(
-                f"{name} has no split {split!r}; it has {sorted(available)}: name one with --dataset_split"
-            )
-        dataset, where = available[split], f"{split} of {name}"
-    if len(dataset) == 0:
-        raise UserError(f"the set {where} is empty")
-    asked = arguments
+    dataset, where = _load_labelled_set(arguments, task)
     if task:
         columns = arguments.text_column or list(task.text_columns)
-        asked = replace(arguments, text_column=columns, label_column=arguments.label_column or "label")
-    text_columns, column = _find_columns(asked, dataset)
-    _check_texts("test", dataset, text_columns)
-    if column not in dataset.column_names:
-        raise UserError(f"the set {where} has no column {column!r}; it has {dataset.column_names}")
-    if arguments.label_separator is not None:
-        dataset = _split_labels("test", dataset, column, arguments.label_separator)
+        arguments = replace(arguments, text_column=columns, label_column=arguments.label_column or "label")
+    text_columns, column = _find_columns(arguments, dataset)
+    dataset = _checked(where, dataset, text_columns, column, arguments.label_separator)
     if isinstance(dataset.features[column], datasets.List) != several:
         raise UserError(
             f"column {column!r} holds {dataset.features[column]}, and the model gives a text "
             f"{'several labels: lists, or --label_separator' if several else 'one label'}"
         )
     if names is None:
-        labels: list[Any] = _numbers("test", dataset, column)
+        labels: list[Any] = _numbers(where, dataset, column)
     else:
-        rows = _label_names("test", dataset, column, task.label_names if task else None)
+        rows = _label_names(where, dataset, column, task.label_names if task else None)
         ids = {name: index for index, name in enumerate(names)}
         if all(re.fullmatch(r"LABEL_\d+", name) for name in names):
             # Names that nobody gave: labels are numbered.
             ids |= {str(index): index for index in range(len(names))}
         if unknown := sorted({name for row in rows for name in row} - ids.keys()):
-            raise UserError(f"the set {where} has labels {unknown}, and the model knows {list(names)}")
+            raise UserError(f"the {where} set has labels {unknown}, and the model knows {list(names)}")
         labels = [[ids[name] for name in row] if several else ids[row[0]] for row in rows]
-    texts = dataset.select_columns(text_columns).rename_columns(dict(zip(text_columns, ["text", "text_pair"])))
     feature = Value("float32") if names is None else Value("int64")
-    dataset = texts.add_column("label", labels, feature=datasets.List(feature) if several else feature)
+    dataset = _with_labels(dataset, text_columns, labels, datasets.List(feature) if several else feature)
     if arguments.max_eval_samples is not None and arguments.max_eval_samples < len(dataset):
         dataset = dataset.shuffle(seed=seed).select(range(arguments.max_eval_samples))
     return dataset
@@ -474,7 +476,7 @@ def load_unlabelled(arguments: DataArguments) -> dict[str, Dataset]:
         if split not in available:
             raise UserError(f"{arguments.dataset_name} has no split {split!r} for {file}; it has {sorted(available)}")
         columns = list(arguments.text_column or task.text_columns)
-        _check_texts(split, available[split], columns)
+        _checked(split, available[split], columns, None)
         renamed = dict(zip(columns, ["text", "text_pair"]))
         found[file] = available[split].select_columns(columns).rename_columns(renamed)
     return found

@@ -261,8 +261,6 @@ def outputs_of(accelerator: Accelerator, model: nn.Module, loader: DataLoader) -
             parts.setdefault(name, []).append(value.cpu())
     model.train()
     outputs = {name: torch.cat(values) for name, values in parts.items()}
-    if not outputs["logits"].isfinite().all():
-        raise UserError("the model's outputs are not finite: training has diverged; lower --learning_rate")
     return outputs["logits"], outputs.get("labels")
 
 
@@ -287,6 +285,8 @@ def evaluate_model(
     problem_type = accelerator.unwrap_model(model).config.problem_type
     logits, labels = outputs_of(accelerator, model, loader)
     assert labels is not None
+    if not logits.isfinite().all():
+        raise UserError("the model's outputs are not finite: training has diverged; lower --learning_rate")
     predictions = predictions_of(logits, problem_type)
     loss = LOSSES[problem_type](logits, labels).item()
     return {"loss": loss, **compute_metrics(predictions.numpy(), labels.to(predictions.dtype).numpy())}
@@ -319,6 +319,10 @@ def run(
     num_labels = None if label_names is None else len(label_names)
     several = is_multi_label(examples)
     is_classes = num_labels is not None and not several
+    if not 0 <= arguments.label_smoothing_factor < 1:
+        raise UserError(
+            f"--label_smoothing_factor must be at least 0 and below 1, and is {arguments.label_smoothing_factor}"
+        )
     if arguments.label_smoothing_factor and not is_classes:
         raise UserError("--label_smoothing_factor spreads one label over the others: a text must have one class")
     compute_metrics = choose_metrics(num_labels, arguments.metric_name, several, task.metrics if task else ())
@@ -419,6 +423,8 @@ def run_seeds(
     seeds, output_dir = arguments.seeds or [], Path(arguments.output_dir)
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds must differ, and are {seeds}")
+    if (output_dir / "config.json").exists():
+        raise UserError(f"--output_dir {output_dir} holds the model of one run; give --seeds a folder of their own")
     runs = []
     for seed in seeds:
         one = replace(arguments, seed=seed, seeds=None, output_dir=str(output_dir / f"seed-{seed}"))

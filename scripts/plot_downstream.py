@@ -10,16 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
-
-from common import ROOT, UserError, parse_arguments, run_main, write_aside
+from common import ROOT, UserError, parse_arguments, run_main
 from downstream_table import Row, differences, grouped
+from figures import pyplot, save_figure
 from make_tables import read_rows
-
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot  # noqa: E402
 
 
 @dataclass
@@ -74,9 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not rows:
         raise UserError(f"{arguments.results_file} has no rows to draw")
     figure = draw(rows)
-    with write_aside(arguments.output_file) as aside:
-        figure.savefig(aside, format="png", dpi=150)
-    pyplot.close(figure)
+    save_figure(figure, arguments.output_file)
     print(f"wrote {arguments.output_file}")
 
 

@@ -10,17 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 
-from common import ROOT, UserError, parse_arguments, run_main, write_aside
+from common import ROOT, UserError, parse_arguments, run_main
 from efficiency_tables import Row, display_name, entry_of, is_measured, latest
+from figures import pyplot, save_figure
 from make_tables import read_rows
-
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot  # noqa: E402
 
 
 @dataclass
@@ -91,9 +86,7 @@ def draw(curves: Sequence[Curve], title: str, output_file: Path) -> None:
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     figure.suptitle(title)
-    with write_aside(output_file) as aside:
-        figure.savefig(aside, format="png", dpi=150)
-    pyplot.close(figure)
+    save_figure(figure, output_file)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

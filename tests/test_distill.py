@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
@@ -32,13 +31,6 @@ from tiny import AUTO_CLASSES, WORDS, save_source, tiny_tokenizer
 # What a source can read, and up to where its Linformer of 6 slots without a window is exact.
 N, EXACT = 24, 6
 POSITIONS = "embeddings.position_embeddings.weight"
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps one state a process; each run here is a process of its own as far as it can tell."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -19,12 +18,6 @@ from tiny import WORDS, save_classifier
 
 
 LABELS = ["law", "peace", "war"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +151,11 @@ def test_two_models_on_the_same_rows(model, texts, tmp_path, capsys):
 
     with pytest.raises(UserError, match="must be judged on the same rows in the same order"):
         judge(model, texts, tmp_path / "x", "--compare_with", tmp_path / "oracle.csv", "--max_eval_samples", 5)
+    swapped = pd.read_csv(texts)
+    swapped["text"] = swapped["text"][::-1].to_list()
+    swapped.to_csv(tmp_path / "swapped.csv", index=False)
+    with pytest.raises(UserError, match="has 60 rows, of which .* have another fingerprint than the 60 judged here"):
+        judge(model, tmp_path / "swapped.csv", tmp_path / "x", "--compare_with", tmp_path / "oracle.csv")
     with pytest.raises(UserError, match="nowhere.csv does not exist"):
         judge(model, texts, tmp_path / "x", "--compare_with", "nowhere.csv")
     rows[0]["prediction"] = "tax"

@@ -20,7 +20,6 @@ from test_pretrain import (  # noqa: F401  (fixtures)
     assert_same_curve,
     assert_same_end,
     data,
-    fresh_accelerate,
     history,
     newest,
     one_package,

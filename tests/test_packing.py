@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset, Features, Value
 from datasets.distributed import split_dataset_by_node
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -34,13 +33,6 @@ from tiny import WORDS, tiny_tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 # Words of each document: none, a few, and more than many blocks; -1 is white space, None is no text at all.
 WORD_COUNTS = [3, 0, 1, 50, None, 7, 1, 1, 12, -1, 140, 2, 9, 31]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps one state a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(params=[0, 1], ids=["bert", "roberta"])

@@ -61,13 +61,6 @@ def no_measurement(*args: object, **kwargs: object) -> float:
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps one state a process; each run here is a process of its own as far as it can tell."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-@pytest.fixture(autouse=True)
 def one_package(monkeypatch):
     """Pytest imports the root's __init__.py too, under the folder's name; the scripts know the package alone."""
     AutoConfig.register("linformer", LinformerConfig, exist_ok=True)
