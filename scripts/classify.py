@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from common import UserError, one_line, parse_arguments, run_main
+from common import UserError, longest_input, one_line, parse_arguments, run_main
 
 
 @dataclass
@@ -94,7 +94,7 @@ def classify(
                 raise UserError(f"text {number} must be two with one tab between them for --pairs: {text[:80]!r}")
         texts = [tuple(text.split("\t")) for text in texts]
     # The tokenizer knows the length of training; the model's table of positions may be longer.
-    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or math.inf)
+    limit = min(tokenizer.model_max_length, longest_input(model) or math.inf)
     lengths = [len(input_ids) for input_ids in tokenizer(texts, verbose=False)["input_ids"]]
     for (number, _), length in zip(numbered, lengths):
         if length > limit:

@@ -26,7 +26,7 @@ import yaml
 from datasets import Dataset, DatasetDict, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from filelock import FileLock
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, PreTrainedModel
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -257,6 +257,16 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, aside first."""
     with write_aside(path) as aside:
         aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def longest_input(model: PreTrainedModel) -> int | None:
+    """The most tokens that a model can take, None if it sets no limit."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from pad_token_id + 1.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            limit = module.num_embeddings - module.padding_idx - 1
+    return limit
 
 
 @cache

@@ -43,11 +43,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from common import UserError, append_result, format_table, one_line, parse_arguments, run_main, write_aside, write_json
+from common import (
+    UserError,
+    append_result,
+    format_table,
+    longest_input,
+    one_line,
+    parse_arguments,
+    run_main,
+    write_aside,
+    write_json,
+)
 from conversion import exact_length
 from examples import DataArguments, is_multi_label, load_examples, load_unlabelled, with_task
 from hf_linformer import LinformerConfig
-from loading import ModelArguments, load_config_and_tokenizer, longest_input
+from loading import ModelArguments, load_config_and_tokenizer
 from metrics import ComputeMetrics, choose_metrics
 from training import (
     Batch,

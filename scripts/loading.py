@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 import hf_linformer  # noqa: F401  (registers Linformer with the Auto classes)
 from common import ROOT, UserError, one_line
@@ -51,16 +51,6 @@ def parse_overrides(overrides: str | None) -> dict[str, Any]:
             except json.JSONDecodeError:
                 changes[name] = {"True": True, "False": False, "None": None}.get(value, value)
     return changes
-
-
-def longest_input(model: PreTrainedModel) -> int | None:
-    """The most tokens that a model can take, None if it sets no limit."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    for name, module in model.named_modules():
-        # RoBERTa and its kin count positions from pad_token_id + 1.
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            limit = module.num_embeddings - module.padding_idx - 1
-    return limit
 
 
 def load_config_and_tokenizer(

@@ -43,9 +43,8 @@ from transformers.utils import logging
 
 # Registers the model with the Auto classes: a Linformer then needs no remote code.
 import hf_linformer  # noqa: F401
-from common import UserError, format_table, one_line, parse_arguments, run_main
+from common import UserError, format_table, longest_input, one_line, parse_arguments, run_main
 from documents import Document, count_documents, find_columns, find_files, kind_of, read_documents
-from loading import longest_input
 
 
 @dataclass

@@ -38,13 +38,14 @@ from common import (
     format_table,
     load_data_files,
     load_texts,
+    longest_input,
     one_line,
     only_texts,
     parse_arguments,
     run_main,
     write_json,
 )
-from loading import ModelArguments, load_config_and_tokenizer, longest_input
+from loading import ModelArguments, load_config_and_tokenizer
 from operations import count_operations, measure_peak
 from packing import (
     EVALUATION_SEED,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
 
 from common import UserError
 from hf_linformer import LinformerConfig, LinformerForSequenceClassification
@@ -103,6 +103,23 @@ def test_a_long_text_is_cut_and_says_how_much(saved, capsys):
     assert "text 2" not in printed.err
     first, second = printed.out.splitlines()
     assert first == second
+
+
+def test_a_roberta_is_cut_at_the_positions_that_it_has(saved, tmp_path, capsys):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    tokenizer = AutoTokenizer.from_pretrained(saved, model_max_length=10_000)
+    tokenizer.save_pretrained(tmp_path)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        max_position_embeddings=40,
+        num_labels=2,
+        **sizes,
+    )
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    in_process(tmp_path, "canals " * 60)
+    read = 40 - tokenizer.pad_token_id - 1
+    assert f"the model reads the first {read}; " in capsys.readouterr().err
 
 
 def test_pairs(saved, capsys):
