@@ -54,7 +54,7 @@ from common import (
 from conversion import HEADS, exact_length, find_family, longest_row
 from fidelity import describe, draw_rows, length_buckets, measure_fidelity, printable, result_rows
 from hf_linformer import LinformerConfig
-from teacher import encoder_of, states_of_windows
+from teacher import divergence, encoder_of, relative_errors, states_of_windows
 from training import (
     Rows,
     RowTrainingArguments,
@@ -277,13 +277,6 @@ def draw_compared(
     return rows
 
 
-def relative_errors(ours: Tensor, theirs: Tensor, mask: Tensor) -> Tensor:
-    """Squared, of each layer, over the real tokens of a batch: (B, layers, N, D), (B, N) -> (layers,)"""
-    real = mask[:, None, :, None].float()
-    difference = ((ours.float() - theirs.float()).square() * real).sum(dim=(0, 2, 3))
-    return difference / (theirs.float().square() * real).sum(dim=(0, 2, 3))
-
-
 @torch.no_grad()
 def teach(pair: Pair, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """What the source makes of a batch: states (B, layers, N, D), and its logits if it could read the rows whole."""
@@ -320,17 +313,6 @@ def distillation_loss(
         logits, targets = (x.float() if real is None else x.float()[real] for x in (output.logits, expected_logits))
         loss = loss + arguments.logits_weight * divergence(logits, targets, pair.config.problem_type)
     return loss
-
-
-def divergence(logits: Tensor, expected: Tensor, problem_type: str | None) -> Tensor:
-    """Of outputs (rows, classes): Kullback-Leibler from the expected, or the square error where there is no class."""
-    if problem_type == "regression" or logits.shape[-1] == 1:
-        return nn.functional.mse_loss(logits, expected)
-    if problem_type == "multi_label_classification":
-        return nn.functional.binary_cross_entropy_with_logits(logits, expected.sigmoid())
-    return nn.functional.kl_div(
-        logits.log_softmax(dim=-1), expected.log_softmax(dim=-1), reduction="batchmean", log_target=True
-    )
 
 
 def check_arguments(arguments: DistillationArguments, loop: TrainingArguments, pair: Pair) -> int:

@@ -11,10 +11,12 @@ Any data set (Hub name, local folder, csv, tsv, json, jsonl or parquet files), a
         --validation_file data/sotu/dev.parquet --label_column label_text --max_length 1024 --output_dir output/sotu
     python scripts/finetune.py --model_name_or_path output/linformer --train_file letters.csv --label_column topics \\
         --label_separator ";" --output_dir output/letters                  # texts with several labels, or none
+    python scripts/finetune.py --teacher_name_or_path output/bert --model_name_or_path output/linformer ...
     accelerate launch scripts/finetune.py ...                          # several GPUs, the same options
 
-All options can stand in one file: `python scripts/finetune.py configs/demo.yaml --seed 1`. A run that was killed goes
-on with `--resume_from_checkpoint last` and ends with the weights, bit for bit on a CPU, that it would have had.
+With a teacher, a classifier that was fine-tuned for the same labels, its answers are learned beside them. All options
+can stand in one file: `python scripts/finetune.py configs/demo.yaml --seed 1`. A run that was killed goes on with
+`--resume_from_checkpoint last` and ends with the weights, bit for bit on a CPU, that it would have had.
 """
 
 import csv
@@ -23,7 +25,6 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -59,6 +60,7 @@ from examples import DataArguments, is_multi_label, load_examples, load_unlabell
 from hf_linformer import LinformerConfig
 from loading import ModelArguments, load_config_and_tokenizer
 from metrics import ComputeMetrics, choose_metrics
+from teacher import ClassifierTeacher, load_classifier_teacher
 from training import (
     Batch,
     Rows,
@@ -93,6 +95,18 @@ class FinetuningArguments(RowTrainingArguments):
     )
     label_smoothing_factor: float = field(
         default=0.0, metadata={"help": "This much of a label is spread over all classes."}
+    )
+    teacher_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "A fine-tuned classifier that is imitated beside the labels, such as the softmax twin."},
+    )
+    logits_weight: float = field(
+        default=1.0,
+        metadata={"help": "With a teacher: weight of its answers: divergence, or square error in regression."},
+    )
+    hidden_states_weight: float = field(
+        default=0.0,
+        metadata={"help": "With a teacher of the same layers: weight of their squared relative error, of 0 to 1."},
     )
     do_predict: bool = field(
         default=False,
@@ -253,10 +267,15 @@ def make_loaders(
 # Loss and evaluation
 
 
-def smoothed_loss(model: nn.Module, batch: Batch, factor: float) -> Tensor:
-    """Cross-entropy with labels of which `factor` is spread over all classes."""
+def loss_of(model: nn.Module, batch: Batch, smoothing: float, teacher: ClassifierTeacher | None) -> Tensor:
+    """The loss of the labels, of which `smoothing` is spread over all classes, and the distance from a teacher."""
+    wants_states = {"output_hidden_states": True} if teacher and teacher.hidden_states_weight else {}
+    output = model(**batch, **wants_states)
     inputs = {name: values for name, values in batch.items() if name != "labels"}
-    return nn.functional.cross_entropy(model(**inputs).logits.float(), batch["labels"], label_smoothing=factor)
+    loss = output.loss
+    if smoothing:
+        loss = nn.functional.cross_entropy(output.logits.float(), batch["labels"], label_smoothing=smoothing)
+    return loss if teacher is None else loss + teacher.disagreement(output, inputs)
 
 
 @torch.no_grad()
@@ -345,6 +364,12 @@ def run(
 
     model, tokenizer = load_model(model_arguments, label_names, several)
     max_length = choose_max_length(arguments, model)
+    teacher = None
+    if arguments.teacher_name_or_path:
+        weights = (arguments.logits_weight, arguments.hidden_states_weight)
+        trust = model_arguments.trust_remote_code
+        teacher = load_classifier_teacher(arguments.teacher_name_or_path, model, max_length, *weights, trust)
+        teacher.model.to(accelerator.device)
     label2id: dict[str, int] = model.config.label2id  # type: ignore[assignment]
     label_ids = None if label_names is None else [label2id[name] for name in label_names]
     tokenizing = (tokenizer, max_length, label_ids, arguments.preprocessing_num_workers)
@@ -359,10 +384,15 @@ def run(
     identity = identity_of(accelerator, all_arguments) | {"training tokens": sum(tokenized["train"]["length"])}
     prepare_output_dir(accelerator, arguments, identity, checkpoint)
     eval_loader = accelerator.prepare(loaders["validation"])
-    smoothing = arguments.label_smoothing_factor
+
+    def compute_loss(model: nn.Module, batch: Batch) -> Tensor:
+        # What accelerate did not prepare, the teacher, computes in the precision of training too.
+        with accelerator.autocast():
+            return loss_of(model, batch, arguments.label_smoothing_factor, teacher)
+
     progress, wrapped = train(
         *(accelerator, model, Rows(accelerator, loaders["train"], generator, arguments.seed)),
-        partial(smoothed_loss, factor=smoothing) if smoothing else lambda model, batch: model(**batch).loss,
+        compute_loss,
         lambda model: evaluate_model(accelerator, model, eval_loader, compute_metrics),
         *(arguments, identity, checkpoint),
     )
@@ -406,6 +436,7 @@ def run(
                 "data": data_arguments.dataset_name or " ".join(data_arguments.train_file or []),
                 "dataset_config": data_arguments.dataset_config_name,
                 **{name: getattr(model.config, name, None) for name in DESCRIBED_KEYS},
+                "teacher": arguments.teacher_name_or_path,
                 "max_length": max_length,
                 "training_rows": len(examples["train"]),
                 "evaluated_rows": len(examples["validation"]),

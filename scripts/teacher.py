@@ -1,11 +1,19 @@
-"""The hidden states of a source model, also for texts longer than it can read: the target of a conversion.
+"""What a teacher makes of a text, and how far a student is from it.
 
-Shared by scripts/convert.py, which compares, and scripts/distill.py, which trains.
+The hidden states of a source model, also for texts longer than it can read: scripts/convert.py compares with them, and
+scripts/distill.py learns them. The answers of a fine-tuned classifier: scripts/finetune.py learns them beside labels.
 """
 
+from typing import NamedTuple
+
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+import hf_linformer  # noqa: F401  (registers Linformer with the Auto classes)
+from common import UserError, longest_input, one_line
 
 
 def encoder_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -49,3 +57,95 @@ def states_of_windows(encoder: PreTrainedModel, row: Tensor, n: int) -> Tensor:
     nearest = (token[:, None] - middle).abs().argmin(dim=1)
     inner_states = states[nearest, :, token - starts[nearest] + 1]  # (N - 2, layers + 1, D)
     return torch.cat([states[:1, :, 0], inner_states, states[-1:, :, -1]]).transpose(0, 1)
+
+
+def relative_errors(ours: Tensor, theirs: Tensor, mask: Tensor) -> Tensor:
+    """Squared, of each layer, over the real tokens of a batch: (B, layers, N, D), (B, N) -> (layers,)"""
+    real = mask[:, None, :, None].float()
+    difference = ((ours.float() - theirs.float()).square() * real).sum(dim=(0, 2, 3))
+    return difference / (theirs.float().square() * real).sum(dim=(0, 2, 3))
+
+
+def divergence(logits: Tensor, expected: Tensor, problem_type: str | None) -> Tensor:
+    """Of outputs (rows, classes): Kullback-Leibler from the expected, or the square error where there is no class."""
+    if problem_type == "regression" or logits.shape[-1] == 1:
+        return nn.functional.mse_loss(logits, expected)
+    if problem_type == "multi_label_classification":
+        return nn.functional.binary_cross_entropy_with_logits(logits, expected.sigmoid())
+    return nn.functional.kl_div(
+        logits.log_softmax(dim=-1), expected.log_softmax(dim=-1), reduction="batchmean", log_target=True
+    )
+
+
+class ClassifierTeacher(NamedTuple):
+    """A fine-tuned classifier that is imitated. label_order: its class for each class of the student."""
+
+    model: PreTrainedModel
+    label_order: list[int]
+    logits_weight: float
+    hidden_states_weight: float
+
+    def disagreement(self, output: SequenceClassifierOutput, inputs: dict[str, Tensor]) -> Tensor:
+        """The weighted distance of a student's output from what the teacher makes of the same inputs.
+
+        It has `hidden_states` if they have a weight.
+        """
+        with torch.no_grad():
+            expected = self.model(**inputs, output_hidden_states=self.hidden_states_weight > 0)
+        assert output.logits is not None
+        logits, targets = output.logits.float(), expected.logits.float()[:, self.label_order]
+        distance = self.logits_weight * divergence(logits, targets, self.model.config.problem_type)
+        if self.hidden_states_weight:
+            assert output.hidden_states is not None
+            both = (output.hidden_states, expected.hidden_states)
+            ours, theirs = (torch.stack(states[1:], dim=1) for states in both)
+            errors = relative_errors(ours, theirs, inputs["attention_mask"])
+            distance = distance + self.hidden_states_weight * errors.mean()
+        return distance
+
+
+def load_classifier_teacher(
+    name: str,
+    student: PreTrainedModel,
+    max_length: int,
+    logits_weight: float,
+    hidden_states_weight: float,
+    trust_remote_code: bool,
+) -> ClassifierTeacher:
+    """A trained classifier of the student's labels and tokens. Raises `UserError` where the two do not fit."""
+    for option, weight in {"logits_weight": logits_weight, "hidden_states_weight": hidden_states_weight}.items():
+        if weight < 0:
+            raise UserError(f"--{option} must not be negative, and is {weight}")
+    options = {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": trust_remote_code}
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot load the teacher {name}: {one_line(error)}") from error
+    if lost := sorted(report["missing_keys"]):
+        raise UserError(
+            f"the teacher {name} is no trained classifier: {len(lost)} weights are missing, such as {lost[0]}; "
+            "scripts/finetune.py trains one"
+        )
+    ours, theirs = student.config, model.config
+    if set(ours.label2id) != set(theirs.label2id) or ours.problem_type != (theirs.problem_type or ours.problem_type):
+        raise UserError(
+            f"the teacher {name} knows the labels {sorted(theirs.label2id)} ({theirs.problem_type}), and the data "
+            f"have {sorted(ours.label2id)} ({ours.problem_type}); give one that was trained for the same"
+        )
+    if ours.vocab_size != theirs.vocab_size:
+        raise UserError(
+            f"the teacher {name} has a vocabulary of {theirs.vocab_size}, and the model {ours.vocab_size}: they must "
+            "read the same tokens"
+        )
+    if (limit := longest_input(model)) is not None and limit < max_length:
+        limits = f"{limit} tokens and the model {max_length}; give --max_length {limit}"
+        raise UserError(f"the teacher {name} reads {limits}")
+    sizes = ("num_hidden_layers", "hidden_size")
+    if hidden_states_weight and any(getattr(ours, size) != getattr(theirs, size) for size in sizes):
+        layers = f"{theirs.num_hidden_layers} of {theirs.hidden_size} numbers"
+        raise UserError(
+            f"--hidden_states_weight compares layer by layer, and the teacher {name} has {layers}, the model "
+            f"{ours.num_hidden_layers} of {ours.hidden_size}; leave it at 0"
+        )
+    order = [theirs.label2id[ours.id2label[index]] for index in range(ours.num_labels)]
+    return ClassifierTeacher(model.eval().requires_grad_(False), order, logits_weight, hidden_states_weight)

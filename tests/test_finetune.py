@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import gzip
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -39,6 +40,7 @@ import finetune
 import training
 from common import UserError
 from examples import TASKS, DataArguments, load_examples, with_task
+from teacher import load_classifier_teacher
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -532,12 +534,72 @@ def test_label_smoothing_spreads_a_label_over_all_classes(options, trained, tmp_
     model = AutoModelForSequenceClassification.from_pretrained(trained).eval()
     batch = {"input_ids": torch.tensor([[0, 7, 8, 2]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
     log_probabilities = model(**batch).logits.log_softmax(-1)[0]
-    loss = finetune.smoothed_loss(model, {**batch, "labels": torch.tensor([1])}, 0.2)
+    loss = finetune.loss_of(model, {**batch, "labels": torch.tensor([1])}, 0.2, None)
     assert loss.item() == pytest.approx(-(0.9 * log_probabilities[1] + 0.1 * log_probabilities[0]).item(), rel=1e-5)
     assert model(**batch, labels=torch.tensor([1])).loss.item() != pytest.approx(loss.item(), rel=1e-3)
     finetune.main(options("--label_smoothing_factor", 0.2))
     # A loss that cannot fall below the entropy of the smoothed labels, where the plain one comes near to 0.
     assert results(tmp_path / "out")["history"][-1]["train_loss"] > 0.32
+
+
+# With a teacher
+
+
+def test_a_teacher_is_right_where_labels_are_not(options, trained, folder, tmp_path):
+    data = pd.read_csv(folder / "train.csv")
+    # Nothing can be learned of these labels but that they are evenly spread.
+    data["label"] = [("warm", "cold")[index // 2 % 2] for index in range(len(data))]
+    assert (data["label"] == pd.read_csv(folder / "train.csv")["label"]).mean() == 0.5
+    data.to_csv(tmp_path / "wrong.csv", index=False)
+    wrong = ["--train_file", tmp_path / "wrong.csv"]
+    finetune.main(options(*wrong, "--metric_for_best_model", "loss", output="alone"))
+    taught = ["--teacher_name_or_path", trained, "--logits_weight", 20, "--num_train_epochs", 8]
+    finetune.main(options(*wrong, *taught, output="taught"))
+    assert results(tmp_path / "alone")["eval_accuracy"] < 0.8
+    assert results(tmp_path / "taught")["eval_accuracy"] > 0.9
+
+
+def test_the_loss_with_a_teacher_is_what_it_says(trained):
+    torch.manual_seed(0)
+    teacher = AutoModelForSequenceClassification.from_pretrained(trained).eval()
+    # The same classes in another order.
+    names = [teacher.config.id2label[index] for index in (1, 0)]
+    config = AutoConfig.from_pretrained(trained, id2label=dict(enumerate(names)), label2id={names[0]: 0, names[1]: 1})
+    student = AutoModelForSequenceClassification.from_config(config).eval()
+    ids = torch.tensor([[0, 7, 8, 9, 2], [0, 11, 2, 1, 1]])
+    batch = {"input_ids": ids, "attention_mask": (ids != 1).long(), "labels": torch.tensor([0, 1])}
+    loaded = load_classifier_teacher(str(trained), student, 32, 0.5, 3.0, False)
+    with torch.no_grad():
+        ours = student(**batch, output_hidden_states=True)
+        theirs = teacher(**{**batch, "labels": None}, output_hidden_states=True)
+    expected = ours.loss.item()
+    for row in range(2):
+        p, q = theirs.logits[row].flip(0).softmax(-1), ours.logits[row].softmax(-1)
+        expected += 0.5 * sum(p[c].item() * math.log(p[c] / q[c]) for c in range(2)) / 2
+    real = batch["attention_mask"].bool()
+    for left, right in zip(ours.hidden_states[1:], theirs.hidden_states[1:], strict=True):
+        expected += 3 * ((left - right)[real].square().sum() / right[real].square().sum()).item() / 2
+    assert finetune.loss_of(student, batch, 0.0, loaded).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_teacher_that_does_not_fit_is_refused(options, trained, folder, tmp_path):
+    def refused(message: str, *given: object, teacher: Path = trained) -> None:
+        with pytest.raises(UserError, match=message):
+            finetune.main(options("--teacher_name_or_path", teacher, *given))
+
+    other = tmp_path / "other.csv"
+    pd.read_csv(folder / "train.csv").replace({"label": {"warm": "hot"}}).to_csv(other, index=False)
+    refused("knows the labels .*'warm'.*the data have .*'hot'", "--train_file", other, "--validation_file", other)
+    refused("has a vocabulary of 400, and the model 410", "--config_overrides", "vocab_size=410")
+    refused(
+        "reads 32 tokens and the model 64; give --max_length 32", "--config_overrides", "max_position_embeddings=64"
+    )
+    uneven = ("--config_overrides", "num_hidden_layers=1", "--hidden_states_weight", 1)
+    refused("has 2 of 32 numbers, the model 1 of 32; leave it at 0", *uneven)
+    refused("--logits_weight must not be negative, and is -1", "--logits_weight", -1)
+    refused("cannot load the teacher .*nowhere", teacher=tmp_path / "nowhere")
+    AutoModelForSequenceClassification.from_pretrained(trained).linformer.save_pretrained(tmp_path / "headless")
+    refused("is no trained classifier: .* weights are missing", teacher=tmp_path / "headless")
 
 
 @pytest.mark.parametrize("model_type", ["linformer", "bert", "distilbert"])
