@@ -219,7 +219,7 @@ def fill(text: str, values: Mapping[str, Any], source: str) -> str:
 
 
 def select(selection: Selection, results_dir: Path) -> pd.DataFrame:
-    """The rows, in the order of the file; numbers are numbers, and what is empty is `pd.NA`."""
+    """The rows, in the order of the file, with numbers as numbers."""
     path = results_dir / selection.results_file
     if not path.is_file():
         raise UserError(f"there are no results in {path}")
@@ -292,6 +292,7 @@ def eval_results(evaluation: Evaluation, results_dir: Path) -> list[EvalResult]:
 
 # Code blocks
 
+# Of the template's making.
 PRINTED = re.compile(r"```python\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL)
 
 
@@ -317,6 +318,10 @@ def run_code(code: str, checkpoints_dir: Path) -> str:
     return run.stdout
 
 
+def run_all(codes: Sequence[str], checkpoints_dir: Path) -> list[str]:
+    return [run_code(code, checkpoints_dir) for code in tqdm(codes, desc="running code blocks", leave=False)]
+
+
 # Cards
 
 MARKER = "<!-- Made by scripts/make_model_card.py"
@@ -327,12 +332,18 @@ LARGEST_FIGURE = 100_000
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
     """What may be said of a checkpoint: its configuration, and the number and type of its parameters."""
+    # What is no folder would be looked for on the Hub.
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json, and is no checkpoint")
     try:
         config = LinformerConfig.from_pretrained(folder).to_dict()
         parameters = get_local_safetensors_metadata(folder).parameter_count
     except (
-        *(OSError, ValueError, StrictDataclassError),
-        *(NotASafetensorsRepoError, SafetensorsParsingError),
+        OSError,
+        ValueError,
+        StrictDataclassError,
+        NotASafetensorsRepoError,
+        SafetensorsParsingError,
     ) as error:
         raise UserError(f"{folder} is no checkpoint of a Linformer: {one_line(error)}") from error
     return config | {"parameters": sum(parameters.values()), "weights_dtype": ", ".join(sorted(parameters))}
@@ -355,8 +366,8 @@ def recipe_table(recipe: Recipe, results_dir: Path) -> str:
     return markdown_table([["", ""], *(list(fact) for fact in facts.items())])
 
 
-def make_card(name: str, about: Description, arguments: Arguments, run: Callable[[str], str]) -> str:
-    """The text of a card. `run` gives what a code block prints."""
+def make_card(name: str, about: Description, arguments: Arguments, run: Callable[[Sequence[str]], list[str]]) -> str:
+    """The text of a card. `run` gives what each of the code blocks prints."""
     results_dir = Path(arguments.results_dir)
     folder = Path(arguments.checkpoints_dir) / name
     checkpoint = read_checkpoint(folder)
@@ -391,12 +402,10 @@ def make_card(name: str, about: Description, arguments: Arguments, run: Callable
         "licences": markdown_table([["", ""], *([kind, prose(text)] for kind, text in vars(about.licences).items())]),
         "checksums": checksums(folder),
         "citation": about.citation.strip(),
-        # Last, since it takes long.
-        "usage": [
-            (prose(block.text), code := block.code.strip() + "\n", run(code))
-            for block in tqdm(about.usage, desc=f"running the code of {name}", leave=False)
-        ],
     }
+    # Last, since it takes long.
+    codes = [block.code.strip() + "\n" for block in about.usage]
+    parts["usage"] = list(zip([prose(block.text) for block in about.usage], codes, run(codes)))
     card = ModelCard.from_template(data, template_path=str(Path(arguments.cards_dir) / "template.md"), **parts)
     return f"{card}\n"
 
@@ -451,9 +460,9 @@ def process(name: str, arguments: Arguments) -> None:
 
     if arguments.check and not arguments.check_code:
         printed = dict(PRINTED.findall(standing or ""))
-        made = make_card(name, about, arguments, lambda code: printed.get(code, ""))
+        made = make_card(name, about, arguments, lambda codes: [printed.get(code, "") for code in codes])
     else:
-        made = make_card(name, about, arguments, lambda code: run_code(code, Path(arguments.checkpoints_dir)))
+        made = make_card(name, about, arguments, lambda codes: run_all(codes, Path(arguments.checkpoints_dir)))
 
     if arguments.check:
         again = f"make it again: python scripts/make_model_card.py --name {name}"
