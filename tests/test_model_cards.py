@@ -62,7 +62,7 @@ evaluations:
     metrics: {perplexity: validation_perplexity}
 recipe:
   text: Pretrained from scratch.
-  facts: {data: novels}
+  facts: {data: novels | old}
   run:
     results_file: pretraining.csv
     where: *run
@@ -204,6 +204,7 @@ def test_a_new_checkpoint_needs_a_description_and_no_code(place, capsys):
     assert len(lines) >= 4 and "\n".join(lines) in text
     (run,) = (row for row in rows if row["run_name"] == "mean_128_window_32" and row["step"] == "6100")
     hours = int(run["tokens"]) / float(run["tokens_per_second"]) / 3600
+    assert "| data | novels \\| old |" in text
     assert f"| hours | {hours:.2f} |\n| command | `{run['command']}` |" in text
     (result,) = ModelCard.load(place.readme).data.eval_results
     assert result.metric_value == float(run["validation_perplexity"])
