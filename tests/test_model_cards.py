@@ -165,9 +165,13 @@ def test_metadata(name):
     again = ModelCard(str(ModelCard.load(path))).data
     assert again.model_name == data.model_name == name
     assert again.eval_results == data.eval_results and len(data.eval_results) > 0
-    for result in data.eval_results:
-        cells = [row.get(result.metric_type) for file in (ROOT / "results").glob("*.csv") for row in read_rows(file)]
-        assert result.metric_value in [float(cell) for cell in cells if cell]
+    about = make_model_card.read_description(ROOT / "model_cards" / f"{name}.yaml")
+    sources = [
+        (one.results_file, metric, column) for one in about.evaluations for metric, column in one.metrics.items()
+    ]
+    for result, (file, metric, column) in zip(data.eval_results, sources, strict=True):
+        assert result.metric_type == metric
+        assert result.metric_value in [float(row[column]) for row in read_rows(ROOT / "results" / file) if row[column]]
 
 
 @pytest.mark.parametrize("name", NAMES)
