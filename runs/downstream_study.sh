@@ -25,15 +25,27 @@ made() { # name, options of the conversion
         --output_dir "output/downstream/$1" --max_eval_samples 0 "${@:2}"
 }
 
-tune() { # task, model, options
+finetune() { # name, seed, model, options
+    $python scripts/finetune.py --run_name "$1" --seed "$2" --model_name_or_path "output/downstream/$3" \
+        --classifier_pooling mean --config_overrides attention_probs_dropout_prob=0.0 --learning_rate 5e-5 \
+        --num_warmup_steps 0.1 --mixed_precision bf16 --output_dir "output/downstream_study/$1-$2" \
+        --resume_from_checkpoint last --save_total_limit 1 "${@:4}"
+}
+
+tune() { # task, model, options; of a model taught_NAME the twin of the same task and seed is the teacher of NAME
     wanted "${TASKS:-}" "$1" && wanted "${MODELS:-}" "$2" || return 0
     for seed in ${seeds:-1 2 3}; do
         name=$1-$2
+        teaching=
         if grep -qs -e "--run_name $name --seed $seed " "$results"; then continue; fi
-        $python scripts/finetune.py --run_name "$name" --seed "$seed" --model_name_or_path "output/downstream/$2" \
-            --classifier_pooling mean --config_overrides attention_probs_dropout_prob=0.0 --learning_rate 5e-5 \
-            --num_warmup_steps 0.1 --mixed_precision bf16 --output_dir "output/downstream_study/$name-$seed" \
-            --resume_from_checkpoint last --save_total_limit 1 --results_file "$results" "${@:3}"
+        if [[ $2 == taught_* ]]; then
+            teacher=output/downstream_study/$1-twin-$seed
+            # Its row may be there from an earlier day, and the model gone.
+            [[ -f $teacher/all_results.json ]] || finetune "$1-twin" "$seed" twin "${@:3}"
+            teaching="--teacher_name_or_path $teacher --hidden_states_weight 1"
+        fi
+        # shellcheck disable=SC2086
+        finetune "$name" "$seed" "${2#taught_}" --results_file "$results" $teaching "${@:3}"
     done
 }
 
@@ -74,7 +86,9 @@ made long_4096 --projected_length 64 --local_window 32 --max_position_embeddings
 
 some="--max_train_samples 5000"
 # shellcheck disable=SC2086
-for model in twin window_64_32 slots_128 long_1024 slots_64 slots_32 linear_128 long_2048; do imdb $model $some; done
+for model in twin window_64_32 slots_128 taught_slots_128 long_1024 slots_64 slots_32 linear_128 long_2048; do
+    imdb $model $some
+done
 for task in rte mrpc qnli stsb cola sst2 qqp; do
     for model in twin slots_32 window_32_16 slots_64 linear_128; do glue $task $model; done
 done

@@ -107,7 +107,7 @@ class LoopArguments(RowTrainingArguments):
 
     run_name: str = field(default="distill", metadata={"help": "The run's name in trackers."})
     num_train_epochs: int = field(default=1, metadata={"help": "Passes over the training set."})
-    learning_rate: float = field(default=2e-4, metadata={"help": "The highest learning rate of AdamW."})
+    learning_rate: float = field(default=2e-4, metadata={"help": "The highest learning rate."})
     metric_for_best_model: str | None = field(
         default=None, metadata={"help": "What chooses the model. Default: token_cosine, the mean over lengths."}
     )

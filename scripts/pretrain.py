@@ -120,7 +120,7 @@ class LoopArguments(TrainingArguments):
     """How it is trained, and what is written."""
 
     run_name: str = field(default="pretrain", metadata={"help": "The run's name in trackers and --results_file."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "The highest learning rate of AdamW."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "The highest learning rate."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay, not applied to biases and norms."})
     num_warmup_steps: float = field(
         default=0.06, metadata={"help": "Steps of rising learning rate; below 1, their share of all steps."}

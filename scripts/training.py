@@ -57,7 +57,14 @@ class TrainingArguments:
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Rows of one forward and backward pass."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Rows of one forward pass in evaluation."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Passes to one optimizer step."})
-    learning_rate: float = field(default=5e-5, metadata={"help": "The highest learning rate of AdamW."})
+    optimizer: str = field(
+        default="adamw",
+        metadata={
+            "help": "Or Muon for the matrices of the layers, with AdamW for all else: learns more from few tokens.",
+            "choices": ["adamw", "muon"],
+        },
+    )
+    learning_rate: float = field(default=5e-5, metadata={"help": "The highest learning rate."})
     layerwise_lr_decay: float = field(
         default=1.0,
         metadata={
@@ -310,7 +317,7 @@ class NotFinite(Exception):
 def optimizer_step(
     accelerator: Accelerator,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     compute_loss: ComputeLoss,
     micro_batches: Sequence[Batch],
     max_grad_norm: float,
@@ -339,8 +346,9 @@ def optimizer_step(
     # A scaler expects gradients that overflow: it leaves the step out and scales less.
     if not math.isfinite(mean_loss) or not (math.isfinite(norm) or accelerator.scaler is not None):
         raise NotFinite(f"the loss is {mean_loss} and the norm of its gradient {norm}")
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
     return mean_loss, norm
 
 
@@ -358,27 +366,37 @@ def height_of(name: str, prefix: str, num_layers: int) -> int:
     return 0 if is_below else num_layers + 1
 
 
-def make_optimizer(
+def make_optimizers(
     model: PreTrainedModel, arguments: TrainingArguments, max_steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW and the schedule of its learning rate."""
+) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LRScheduler]]:
+    """AdamW, or Muon for the encoder's linear layers and AdamW for the others; each with its schedule."""
     top = getattr(model.config, "num_hidden_layers", 0) + 1
-    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    encoder = getattr(model, model.base_model_prefix, model)
+    uses_muon = arguments.optimizer == "muon"
+    matrices = {module.weight for module in encoder.modules() if isinstance(module, nn.Linear) and uses_muon}
+    groups: dict[tuple[bool, float, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         below = top - height_of(name, model.base_model_prefix, top - 1)
         learning_rate = arguments.learning_rate * arguments.layerwise_lr_decay**below
         # Biases and norms, the parameters that are vectors, do not decay.
         decay = arguments.weight_decay if parameter.ndim >= 2 else 0.0
         group = {"params": [], "lr": learning_rate, "weight_decay": decay}
-        groups.setdefault((learning_rate, parameter.ndim >= 2), group)["params"].append(parameter)
+        where = (parameter in matrices, learning_rate, parameter.ndim >= 2)
+        groups.setdefault(where, group)["params"].append(parameter)
+    by_adamw = [group for (is_muon, _, _), group in groups.items() if not is_muon]
+    by_muon = [group for (is_muon, _, _), group in groups.items() if is_muon]
     betas = (arguments.adam_beta1, arguments.adam_beta2)
-    optimizer = torch.optim.AdamW(
-        list(groups.values()), lr=arguments.learning_rate, betas=betas, eps=arguments.adam_epsilon
-    )
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(by_adamw, lr=arguments.learning_rate, betas=betas, eps=arguments.adam_epsilon)
+    ]
+    if by_muon:
+        # Updates as large as AdamW's, so that one learning rate suits both.
+        optimizers.append(torch.optim.Muon(by_muon, lr=arguments.learning_rate, adjust_lr_fn="match_rms_adamw"))
     warmup = arguments.num_warmup_steps
     warmup_steps = math.ceil(warmup * max_steps) if warmup < 1 else int(warmup)
     try:
-        return optimizer, get_scheduler(arguments.lr_scheduler_type, optimizer, warmup_steps, max_steps)
+        kind = arguments.lr_scheduler_type
+        return optimizers, [get_scheduler(kind, optimizer, warmup_steps, max_steps) for optimizer in optimizers]
     except (TypeError, ValueError) as error:
         name = SchedulerType(arguments.lr_scheduler_type).value
         raise UserError(f"cannot use --lr_scheduler_type {name}: {one_line(error)}") from error
@@ -494,7 +512,11 @@ def train(
         # Embeddings that are tied to a decoder cannot be divided apart from it.
         layers = [name for name in model._no_split_modules or [] if not name.endswith("Embeddings")]
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = layers
-    wrapped, optimizer, scheduler = accelerator.prepare(model, *make_optimizer(model, arguments, max_steps))
+    if arguments.optimizer == "muon" and (accelerator.is_fsdp2 or accelerator.scaler is not None):
+        raise UserError("--optimizer muon needs whole matrices and gradients as they are: neither FSDP nor fp16")
+    optimizers, schedulers = make_optimizers(model, arguments, max_steps)
+    wrapped, *prepared = accelerator.prepare(model, *optimizers, *schedulers)
+    optimizers, schedulers = prepared[: len(optimizers)], prepared[len(optimizers) :]
     progress = Progress()
     if checkpoint is not None:
         loaded, data_state = load_checkpoint(accelerator, checkpoint, identity)
@@ -528,7 +550,7 @@ def train(
             set_seed(int(seeds.generate_state(1)[0]))
             try:
                 loss, norm = optimizer_step(
-                    *(accelerator, wrapped, optimizer, compute_loss, micro_batches, arguments.max_grad_norm, count_of)
+                    *(accelerator, wrapped, optimizers, compute_loss, micro_batches, arguments.max_grad_norm, count_of)
                 )
             except NotFinite as error:
                 names = gather_object([name for batch in micro_batches for name in data.names_of(batch)])
@@ -539,8 +561,9 @@ def train(
                     f"{error} at step {progress.step + 1}{where}: training has diverged, or these rows are amiss; "
                     f"{way_on}lower --learning_rate, or warm up longer"
                 ) from error
-            learning_rate = scheduler.get_last_lr()[0]
-            scheduler.step()
+            learning_rate = schedulers[0].get_last_lr()[0]
+            for scheduler in schedulers:
+                scheduler.step()
             tokens = torch.stack([batch["attention_mask"].sum() for batch in micro_batches]).sum()
             # Whoever gets a signal, all processes stop after the same step.
             sums = torch.stack([tokens, torch.tensor(interruption.signal, device=tokens.device)])

@@ -609,15 +609,24 @@ def test_each_layer_learns_at_a_share_of_the_rate_of_the_one_above(folder, model
     config = AutoConfig.for_model(model_type, **sizes)
     model = AutoModelForSequenceClassification.from_config(config)
     arguments = training.TrainingArguments("nowhere", learning_rate=1e-3, layerwise_lr_decay=0.5, weight_decay=0.1)
-    optimizer, _ = training.make_optimizer(model, arguments, max_steps=10)
+    (optimizer,), _ = training.make_optimizers(model, arguments, max_steps=10)
     rates = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         layer = re.search(r"layers?\.(\d)\.", name)
         below = 2 - int(layer[1]) if layer else 3 if "embeddings" in name or "projection.E" in name else 0
         expected = (1e-3 * 0.5**below, 0.1 if parameter.ndim >= 2 else 0.0)
         assert rates[id(parameter)] == pytest.approx(expected), name
-    plain, _ = training.make_optimizer(model, training.TrainingArguments("nowhere"), max_steps=10)
+    (plain,), _ = training.make_optimizers(model, training.TrainingArguments("nowhere"), max_steps=10)
     assert len(plain.param_groups) == 2
+    muon = training.TrainingArguments("nowhere", optimizer="muon", weight_decay=0.1)
+    (adamw, muon), schedulers = training.make_optimizers(model, muon, max_steps=10)
+    assert len(schedulers) == 2
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    of_muon = [names[parameter] for group in muon.param_groups for parameter in group["params"]]
+    assert of_muon and all(re.search(r"layers?\.\d.*weight$", name) for name in of_muon if "pooler" not in name)
+    of_adamw = [names[parameter] for group in adamw.param_groups for parameter in group["params"]]
+    assert sorted(of_muon + of_adamw) == sorted(names.values())
+    assert any("embeddings.weight" in name for name in of_adamw) and any("classifier" in name for name in of_adamw)
 
 
 # Data sets
@@ -711,7 +720,7 @@ def test_a_step_is_the_same_however_it_is_divided(folder, model_type, rows):
         starts = range(0, rows, size)
         micro_batches = [{name: value[start : start + size] for name, value in batch.items()} for start in starts]
         loss = training.optimizer_step(
-            accelerator, model, optimizer, lambda model, batch: model(**batch).loss, micro_batches, max_grad_norm=0.0
+            accelerator, model, [optimizer], lambda model, batch: model(**batch).loss, micro_batches, max_grad_norm=0.0
         )
         stepped[size] = torch.cat([parameter.detach().flatten() for parameter in model.parameters()]), loss
     start = torch.manual_seed(0) and AutoModelForSequenceClassification.from_config(config)
@@ -808,6 +817,17 @@ def interrupted(trained, tmp_path) -> Path:
         shutil.copytree(trained / path.name, path, dirs_exist_ok=True)
     assert 46 in checkpointing.list_checkpoints(tmp_path / "out")
     return tmp_path / "out"
+
+
+def test_both_optimizers_of_muon_resume_exactly(options, tmp_path):
+    muon = ("--optimizer", "muon", "--checkpointing_steps", "20")
+    finetune.main(options(*muon, "--save_total_limit", 10, output="whole"))
+    assert results(tmp_path / "whole")["eval_accuracy"] > 0.9
+    checkpoint = tmp_path / "whole" / "checkpoint-20"
+    assert {"optimizer.bin", "optimizer_1.bin", "scheduler_1.bin"} <= {path.name for path in checkpoint.iterdir()}
+    shutil.copytree(checkpoint, tmp_path / "parts" / "checkpoint-20")
+    finetune.main(options(*muon, "--resume_from_checkpoint", "last", output="parts"))
+    assert same_weights(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_a_damaged_checkpoint_is_passed_over(options, interrupted, trained, capsys):
