@@ -4,6 +4,7 @@ python -m pytest tests/test_package.py
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -199,7 +200,8 @@ def test_its_types_are_seen(built, tmp_path):
         "from hf_linformer import LinformerConfig\n\nwindow: str = LinformerConfig().local_window\n"
     )
     command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), "wrong.py"]
-    checked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    search = os.environ | {"PYTHONPATH": str(tmp_path / "lib")}
+    checked = subprocess.run(command, cwd=tmp_path, env=search, capture_output=True, text=True)
     assert 'has type "int", variable has type "str"' in checked.stdout, checked.stdout + checked.stderr
 
 
