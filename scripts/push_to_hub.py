@@ -195,9 +195,7 @@ def stage(arguments: Arguments, staged: Path) -> list[str]:
     card = Path(arguments.card or folder / "README.md").resolve()
     if folder == ROOT:
         if arguments.allow_files:
-            raise UserError(
-                "--allow_files is for a model's folder; of this repository all goes up that git tracks"
-            )
+            raise UserError("--allow_files is for a model's folder; of this repository all goes up that git tracks")
         there = chosen = tracked_files()
     else:
         there = set(files_in(folder))
@@ -274,10 +272,13 @@ if len(tokenizer) > config.vocab_size:
 print("{}", flush=True)
 for name in auto_classes:
     load = getattr(transformers, name).from_pretrained
-    model, info = load(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **trust)
+    # A head for other labels than the model has can have weights of the same name.
+    options = trust | {"use_safetensors": True, "ignore_mismatched_sizes": name != own}
+    model, info = load(folder, dtype=torch.float32, output_loading_info=True, **options)
     if "transformers_modules" not in type(model).__module__:
         sys.exit(f"{type(model)} is not the class beside the weights")
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    missing += [mismatch[0] for mismatch in info["mismatched_keys"]]
     if name == own and (missing or unexpected):
         sys.exit(f"{len(missing)} weights are missing, {len(unexpected)} unknown: {(missing + unexpected)[:3]}")
     if name == own:
@@ -474,7 +475,9 @@ def changes(files: Mapping[str, Path], remote: Remote | None, patterns: Sequence
     others = [name for name in there if name not in files and name != ".gitattributes"]
     delete = [name for name in others if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
     kept = sorted(set(others) - set(delete))
-    if weights := [name for name in kept if name.endswith((".safetensors", ".safetensors.index.json", *PICKLES))]:
+    places = {Path(name).parent for name in files}
+    suffixes = (".safetensors", ".safetensors.index.json", *PICKLES)
+    if weights := [name for name in kept if name.endswith(suffixes) and Path(name).parent in places]:
         raise UserError(
             f"the Hub has weights that the folder has not, and that could be loaded instead: {', '.join(weights)}; "
             f"delete them in the same commit with --delete_files {' '.join(weights)}"
@@ -533,7 +536,8 @@ def publish(arguments: Arguments, files: dict[str, Path], card_is_written: bool)
         remote = look(api, repo_id)
         check_remote(arguments, remote)
         if card_is_written and remote and "README.md" in remote.files:
-            print("the card on the Hub stays as it is, since the folder has none")
+            also = ", and --license changes nothing there" if arguments.license else ""
+            print(f"the card on the Hub stays as it is, since the folder has none{also}")
             del files["README.md"]
         add, delete = changes(files, remote, arguments.delete_files or [])
         tagged = remote.tags.get(tag) if remote and tag else None
@@ -563,32 +567,43 @@ def snippet(model: Model, repo_id: str, sha: str) -> str:
     )
 
 
+def find_models(staged: Path, given: str) -> list[Model]:
+    """The models in what goes up: that of the folder, or all of this repository."""
+    if Path(given).resolve() != ROOT:
+        return [read_model(staged, "", given)]
+    # A config.json without a tokenizer is of a part of a model, as for sentence-transformers.
+    folders = [path.parent for path in sorted(staged.rglob("config.json")) if (path.parent / TOKENIZER[0]).is_file()]
+    names = [folder.relative_to(staged).as_posix() for folder in folders]
+    return [read_model(staged, name, name) for name in names]
+
+
+def check_problems(arguments: Arguments, missing: Sequence[str]) -> None:
+    """Warn of what a private repository may lack; refuse to show it to everybody."""
+    problems = [f"the card lacks {' and '.join(missing)}"] if missing else []
+    if Path(arguments.model_name_or_path).resolve() == ROOT and (modified := git_files("--modified")):
+        problems.append(f"changes are not committed in {', '.join(modified)}")
+    if problems and arguments.public:
+        raise UserError(f"{'; '.join(problems)}; mend that before all can see it, or leave out --public")
+    for problem in problems:
+        print(f"warning: {problem}", file=sys.stderr)
+
+
 def check_and_publish(arguments: Arguments, staged: Path) -> None:
     """Stage, check, show, publish; `staged` is an empty folder."""
     given = arguments.model_name_or_path
     left_out = stage(arguments, staged)
-    is_repository = Path(given).resolve() == ROOT
-    folders = [Path(name).parent.as_posix() for name in files_in(staged) if Path(name).name == "config.json"]
-    # In a repository a config.json can be of a part of a model, as for sentence-transformers.
-    folders = [name for name in folders if (staged / name / "tokenizer.json").is_file()] if is_repository else ["."]
-    models = [read_model(staged, "" if name == "." else name, str(Path(given, name))) for name in folders]
+    models = find_models(staged, given)
     card_is_written = not (staged / "README.md").is_file()
     filled, missing = make_card(arguments, staged, models)
+    check_problems(arguments, missing)
     for model in models:
-        print_fresh(model, load_in_fresh_process(staged, model, str(Path(given, model.folder))))
+        print_fresh(model, load_in_fresh_process(staged, model, model.folder or given))
     files = files_in(staged)
     print_plan(arguments, files, left_out)
     if card_is_written:
         print("README.md is written for the upload, from config.json; --card or a README.md in the folder says more")
     elif filled:
         print(f"README.md goes up with {', '.join(filled)} filled in; your file stays as it is")
-    problems = [f"the card lacks {' and '.join(missing)}"] if missing else []
-    if is_repository and (modified := git_files("--modified")):
-        problems.append(f"changes are not committed in {', '.join(modified)}")
-    if problems and arguments.public:
-        raise UserError(f"{'; '.join(problems)}; mend that before all can see it, or leave out --public")
-    for problem in problems:
-        print(f"warning: {problem}", file=sys.stderr)
     if arguments.dry_run:
         print("--dry_run: nothing was sent")
         return

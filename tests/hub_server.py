@@ -107,6 +107,24 @@ def described(path: str, content: bytes) -> dict[str, Any]:
     return entry
 
 
+def metadata_of(card: str) -> dict[str, Any]:
+    """The YAML at the head of a card."""
+    match = re.match(r"---\r?\n(.*?)\r?\n---", card, re.DOTALL)
+    metadata = yaml.safe_load(match[1]) if match else {}
+    if not isinstance(metadata, dict):
+        raise ValueError("not a mapping")
+    return metadata
+
+
+def task_of(files: Mapping[str, bytes]) -> str | None:
+    """What `pipeline` does with a model: what its card says, or else the head that it was saved with."""
+    if tag := metadata_of(files.get("README.md", b"").decode()).get("pipeline_tag"):
+        return tag
+    architecture = (json.loads(files.get("config.json", b"{}")).get("architectures") or [""])[0]
+    tasks = {"ForSequenceClassification": "text-classification", "ForMaskedLM": "fill-mask"}
+    return next((task for suffix, task in tasks.items() if architecture.endswith(suffix)), None)
+
+
 class HubServer:
     """Repositories, the users that may do something with them, and the thread that serves them.
 
@@ -354,14 +372,10 @@ class HubHandler(BaseHTTPRequestHandler):
         return {"url": url, "name": repo_id}
 
     def validate_card(self) -> dict[str, Any]:
-        card = json.loads(self.body)["content"]
-        match = re.match(r"---\r?\n(.*?)\r?\n---", card, re.DOTALL)
         try:
-            is_mapping = isinstance(yaml.safe_load(match[1]) if match else {}, dict)
-        except yaml.YAMLError:
-            is_mapping = False
-        if not is_mapping:
-            raise HubError(HTTPStatus.BAD_REQUEST, message="Invalid metadata in README.md")
+            metadata_of(json.loads(self.body)["content"])
+        except (ValueError, yaml.YAMLError) as error:
+            raise HubError(HTTPStatus.BAD_REQUEST, message="Invalid metadata in README.md") from error
         return {"errors": [], "warnings": []}
 
     def describe(self, repository: Repository, revision: str) -> dict[str, Any]:
@@ -371,18 +385,8 @@ class HubHandler(BaseHTTPRequestHandler):
         about = {"id": repository.id, "sha": commit.sha, "private": repository.private, "siblings": siblings}
         about |= {"author": repository.id.split("/")[0], "tags": [], "downloads": 0, "likes": 0, "gated": False}
         about |= {"lastModified": "2026-01-01T00:00:00.000Z", "disabled": False}
-        card = yaml.safe_load(match[1]) if (match := _front_matter(commit.files.get("README.md", b""))) else {}
-        about |= {"cardData": card}
-        # By the tag, or by the head that the model was saved with, `pipeline` chooses its task.
-        architecture = (json.loads(commit.files.get("config.json", b"{}")).get("architectures") or [""])[0]
-        tasks = {
-            "SequenceClassification": "text-classification",
-            "MaskedLM": "fill-mask",
-            "Model": "feature-extraction",
-        }
-        task = next((task for suffix, task in tasks.items() if architecture.endswith(suffix)), None)
         if repository.kind == "model":
-            about |= {"pipeline_tag": (card or {}).get("pipeline_tag") or task, "library_name": "transformers"}
+            about |= {"pipeline_tag": task_of(commit.files), "library_name": "transformers"}
         return about
 
     def references(self, repository: Repository) -> dict[str, Any]:
@@ -513,7 +517,3 @@ class HubHandler(BaseHTTPRequestHandler):
             headers |= {"Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"}
             content = content[start:stop]
         self._send(status, headers, content)
-
-
-def _front_matter(card: bytes) -> re.Match[str] | None:
-    return re.match(r"---\r?\n(.*?)\r?\n---", card.decode(errors="replace"), re.DOTALL)
