@@ -298,6 +298,8 @@ def load_in_fresh_process(staged: Path, model: Model, name: str) -> dict[str, li
     Raises `UserError` for what does not load, and if the head that it was saved with is not whole.
     """
     auto_classes = [key for key in model.config["auto_map"] if key.startswith("AutoModel")]
+    # Its own head first, which is the most likely to fail.
+    auto_classes.sort(key=lambda auto_class: auto_class != model.auto_class)
     steps = ["AutoConfig", "AutoTokenizer", *auto_classes]
     fresh = []
     with tempfile.TemporaryDirectory() as aside, tempfile.TemporaryFile("w+", encoding="utf-8") as errors:

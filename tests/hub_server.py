@@ -197,7 +197,7 @@ class HubServer:
         return self.repositories[kind, repo_id]
 
     def cut(self, method: str, path: str, after: int | None, times: int = 1) -> Cut:
-        """Let requests whose path holds `path` die `times` times; see `Cut`. `times=0` on the answer ends it."""
+        """Let requests die `times` times whose path holds `path`, a regular expression; see `Cut`."""
         cut = Cut(method, path, after, times)
         self.cuts.append(cut)
         return cut
@@ -205,7 +205,7 @@ class HubServer:
     def next_cut(self, method: str, path: str) -> Cut | None:
         with self.lock:
             for cut in self.cuts:
-                if cut.times > 0 and cut.method == method and cut.path in path:
+                if cut.times > 0 and cut.method == method and re.search(cut.path, path):
                     cut.times -= 1
                     return cut
         return None

@@ -352,6 +352,17 @@ def test_an_upload_that_breaks_leaves_nothing_and_goes_on(hub, publish):
     assert there.head.files["model.safetensors"] == weights["model.safetensors"]
 
 
+@pytest.mark.slow
+def test_a_hub_that_dies_under_the_weights_leaves_nothing(hub, publish):
+    # The client tries six times, and waits 23 seconds between.
+    hub.cut("PUT", "/lfs/", after=1000, times=6)
+    files = FILES | {"model.safetensors": FILES["model.safetensors"][1:]}
+    failed = publish("me/dying", files)["error"]
+    assert "Error while uploading 'model.safetensors'" in failed and "nothing was published" in failed
+    assert set(hub.repository("me/dying").head.files) == {".gitattributes"}
+    assert publish("me/dying", files)["sha"] == hub.repository("me/dying").head.sha
+
+
 def test_a_commit_whose_answer_is_lost_is_found(hub, publish):
     hub.cut("POST", "/commit/", after=None)
     sha = publish("me/lost", FILES)["sha"]
