@@ -155,10 +155,13 @@ def files_in(folder: Path) -> dict[str, Path]:
 
 def git_files(*options: str) -> list[str]:
     """What git lists in this repository, e.g. `--modified`; without options all that it tracks."""
-    run = subprocess.run(["git", "ls-files", "-z", *options], cwd=ROOT, capture_output=True, text=True)
-    if run.returncode:
-        raise UserError(f"git cannot say what it tracks in {ROOT}: {' '.join(run.stderr.split())}")
-    return [name for name in run.stdout.split("\0") if name]
+    try:
+        command = ["git", "ls-files", "-z", *options]
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        raise UserError(f"git cannot say what it tracks in {ROOT}: {' '.join(reason.split())}") from error
+    return [name for name in listed.split("\0") if name]
 
 
 def tracked_files() -> set[str]:
@@ -204,11 +207,12 @@ def stage(arguments: Arguments, staged: Path) -> list[str]:
         if not (allowed := fnmatch.filter(there, pattern)):
             raise UserError(f"--allow_files {pattern}: no file of {folder} is called so")
         chosen |= set(allowed)
-    if pickles := sorted(name for name in chosen if name.endswith(PICKLES)):
+    if pickles := sorted(name for name in chosen if name.lower().endswith(PICKLES)):
         raise UserError(f"{', '.join(pickles)} can run code when loaded, and is not published; save it as safetensors")
     links = {name: folder / name for name in chosen} | ({"README.md": card} if card.is_file() else {})
-    if folder != ROOT and "config.json" in links:
-        links |= {name: ROOT / name for name in CODE if name not in links}
+    if folder != ROOT and (absent := [name for name in CODE if name not in links]):
+        print(f"{' and '.join(absent)} of this repository will go up, since the folder has none")
+        links |= {name: ROOT / name for name in absent}
     for name, source in links.items():
         (staged / name).parent.mkdir(parents=True, exist_ok=True)
         (staged / name).symlink_to(source)
@@ -403,7 +407,7 @@ def print_plan(arguments: Arguments, files: Mapping[str, Path], left_out: Sequen
     where = f"{len(rows)} files, {sum(sizes.values()):,} bytes, to {arguments.hub_model_id}"
     print(f"{where}, {'PUBLIC: everybody may see them' if arguments.public else 'private'}")
     if arguments.revision_tag:
-        print(f"tagged {arguments.revision_tag}")
+        print(f"the commit is to be tagged {arguments.revision_tag}")
     if left_out:
         tops = Counter(name.split("/")[0] + ("/" if "/" in name else "") for name in left_out)
         names = [f"{top} ({count} files)" if top.endswith("/") else top for top, count in tops.items()]

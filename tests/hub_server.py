@@ -79,14 +79,16 @@ class Cut:
 
 
 class HubError(Exception):
-    """An answer that is not 200, with the headers by which clients know what it means."""
+    """An answer that is not 200. By its code, such as EntryNotFound, and its headers clients know what it means."""
 
-    def __init__(self, status: HTTPStatus, code: str = "", message: str = "", **headers: str) -> None:
+    def __init__(
+        self, status: HTTPStatus, message: str, code: str = "", headers: Mapping[str, str] = {}, **more: str
+    ) -> None:
+        """more: said in the body beside the message"""
         super().__init__(message)
         self.status = status
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
-        self.headers |= {"X-Error-Code": code} if code else {}
-        self.headers |= {"X-Error-Message": message} if message else {}
+        self.headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **headers}
+        self.body = {"error": message, **more}
 
 
 class ConnectionCut(Exception):
@@ -259,8 +261,8 @@ class HubHandler(BaseHTTPRequestHandler):
             if answer is not None:
                 self._send(HTTPStatus.OK, {"Content-Type": "application/json"}, json.dumps(answer).encode())
         except HubError as error:
-            content = json.dumps({"error": str(error)}).encode()
-            self._send(error.status, {"Content-Type": "application/json", **error.headers}, content)
+            headers = {"Content-Type": "application/json", **error.headers}
+            self._send(error.status, headers, json.dumps(error.body).encode())
         except (ConnectionCut, ConnectionError):
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
@@ -276,7 +278,7 @@ class HubHandler(BaseHTTPRequestHandler):
                 writes = name in ("preupload", "commit", "tag", "lfs_batch")
                 return answer(self._repository(groups.pop("repo"), kind, writes), **groups)
         self.server_hub.unknown.append(f"{self.command} {path}")
-        raise HubError(HTTPStatus.NOT_FOUND, message=f"no such address: {path}")
+        raise HubError(HTTPStatus.NOT_FOUND, f"no such address: {path}")
 
     # Bodies
 
@@ -295,12 +297,11 @@ class HubHandler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return content
 
-    def _send(self, status: HTTPStatus, headers: Mapping[str, str], content: bytes, size: int | None = None) -> None:
-        """size: of the whole content where none of it is sent, as for HEAD"""
+    def _send(self, status: HTTPStatus, headers: Mapping[str, str], content: bytes) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content) if size is None else size))
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command == "HEAD":
             return
@@ -318,15 +319,15 @@ class HubHandler(BaseHTTPRequestHandler):
         if not token:
             return None
         if token not in self.server_hub.users:
-            raise HubError(HTTPStatus.UNAUTHORIZED, message="Invalid credentials in Authorization header")
+            raise HubError(HTTPStatus.UNAUTHORIZED, "Invalid credentials in Authorization header")
         return self.server_hub.users[token]
 
     def _must_write(self, namespace: str) -> None:
         user = self._user()
         if user is None:
-            raise HubError(HTTPStatus.UNAUTHORIZED, message="Invalid username or password.")
+            raise HubError(HTTPStatus.UNAUTHORIZED, "Invalid username or password.")
         if user != (namespace, "write"):
-            raise HubError(HTTPStatus.FORBIDDEN, message=f"You don't have the rights to write to {namespace}")
+            raise HubError(HTTPStatus.FORBIDDEN, f"You don't have the rights to write to {namespace}")
 
     def _repository(self, repo_id: str, kind: str, writes: bool) -> Repository:
         user = self._user()
@@ -335,7 +336,7 @@ class HubHandler(BaseHTTPRequestHandler):
         # The Hub does not tell what is private from what is not there.
         if repository is None or (repository.private and (user is None or user[0] != namespace)):
             status = HTTPStatus.UNAUTHORIZED if user is None else HTTPStatus.NOT_FOUND
-            raise HubError(status, "RepoNotFound", "Repository not found")
+            raise HubError(status, "Repository not found", "RepoNotFound")
         if writes:
             self._must_write(namespace)
         return repository
@@ -343,14 +344,14 @@ class HubHandler(BaseHTTPRequestHandler):
     @staticmethod
     def _commit_at(repository: Repository, revision: str) -> Commit:
         if (commit := repository.at(revision)) is None:
-            raise HubError(HTTPStatus.NOT_FOUND, "RevisionNotFound", f"Invalid rev id: {revision}")
+            raise HubError(HTTPStatus.NOT_FOUND, f"Invalid rev id: {revision}", "RevisionNotFound")
         return commit
 
     # Addresses
 
     def whoami(self) -> dict[str, Any]:
         if (user := self._user()) is None:
-            raise HubError(HTTPStatus.UNAUTHORIZED, message="Invalid username or password.")
+            raise HubError(HTTPStatus.UNAUTHORIZED, "Invalid username or password.")
         name, role = user
         token = {"displayName": "test", "role": role}
         return {"type": "user", "name": name, "orgs": [], "auth": {"type": "access_token", "accessToken": token}}
@@ -363,9 +364,7 @@ class HubHandler(BaseHTTPRequestHandler):
         kind, repo_id = wanted.get("type", "model"), f"{namespace}/{wanted['name']}"
         url = f"{self.server_hub.url}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
         if (kind, repo_id) in self.server_hub.repositories:
-            message = {"error": "You already created this repo", "url": url}
-            self._send(HTTPStatus.CONFLICT, {"Content-Type": "application/json"}, json.dumps(message).encode())
-            return None  # type: ignore[return-value]
+            raise HubError(HTTPStatus.CONFLICT, "You already created this repository", url=url)
         private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
         attributes = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS)
         self.server_hub.add_repository(repo_id, {".gitattributes": attributes.encode()}, kind, private)
@@ -375,7 +374,7 @@ class HubHandler(BaseHTTPRequestHandler):
         try:
             metadata_of(json.loads(self.body)["content"])
         except (ValueError, yaml.YAMLError) as error:
-            raise HubError(HTTPStatus.BAD_REQUEST, message="Invalid metadata in README.md") from error
+            raise HubError(HTTPStatus.BAD_REQUEST, "Invalid metadata in README.md") from error
         return {"errors": [], "warnings": []}
 
     def describe(self, repository: Repository, revision: str) -> dict[str, Any]:
@@ -404,7 +403,7 @@ class HubHandler(BaseHTTPRequestHandler):
         prefix = f"{path}/" if path else ""
         inside = {name: content for name, content in commit.files.items() if name.startswith(prefix)}
         if path and not inside:
-            raise HubError(HTTPStatus.NOT_FOUND, "EntryNotFound", f"{path} does not exist on {revision}")
+            raise HubError(HTTPStatus.NOT_FOUND, f"{path} does not exist on {revision}", "EntryNotFound")
         is_deep = self.query.get("recursive", "").lower() in ("true", "1")
         folders = {
             prefix + "/".join(parts[: depth + 1])
@@ -453,7 +452,7 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def lfs_put(self, oid: str) -> dict[str, Any]:
         if hashlib.sha256(self.body).hexdigest() != oid:
-            raise HubError(HTTPStatus.BAD_REQUEST, message="the content does not have this SHA-256")
+            raise HubError(HTTPStatus.BAD_REQUEST, "the content does not have this SHA-256")
         self.server_hub.blobs[oid] = self.body
         return {}
 
@@ -463,7 +462,7 @@ class HubHandler(BaseHTTPRequestHandler):
         with self.server_hub.lock:
             before = self._commit_at(repository, revision)
             if not before.sha.startswith(header.get("parentCommit", "")):
-                raise HubError(HTTPStatus.PRECONDITION_FAILED, message="A commit has happened since.")
+                raise HubError(HTTPStatus.PRECONDITION_FAILED, "A commit has happened since.")
             files = dict(before.files)
             for line in lines:
                 self._apply(files, line["key"], line["value"])
@@ -478,11 +477,11 @@ class HubHandler(BaseHTTPRequestHandler):
             files[path] = base64.b64decode(value["content"])
         elif key == "lfsFile":
             if value["oid"] not in self.server_hub.blobs:
-                raise HubError(HTTPStatus.BAD_REQUEST, message=f"{path} names content that was not uploaded")
+                raise HubError(HTTPStatus.BAD_REQUEST, f"{path} names content that was not uploaded")
             files[path] = self.server_hub.blobs[value["oid"]]
         elif key == "deletedFile":
             if files.pop(path, None) is None:
-                raise HubError(HTTPStatus.NOT_FOUND, "EntryNotFound", "A file with this name doesn't exist")
+                raise HubError(HTTPStatus.NOT_FOUND, "A file with this name doesn't exist", "EntryNotFound")
         elif key == "deletedFolder":
             for name in [name for name in files if name.startswith(f"{path.rstrip('/')}/")]:
                 del files[name]
@@ -490,14 +489,14 @@ class HubHandler(BaseHTTPRequestHandler):
     def tag(self, repository: Repository, revision: str) -> dict[str, Any]:
         name = json.loads(self.body)["tag"]
         if name in repository.tags:
-            raise HubError(HTTPStatus.CONFLICT, message="Reference already exists")
+            raise HubError(HTTPStatus.CONFLICT, "Reference already exists")
         repository.tags[name] = self._commit_at(repository, revision).sha
         return {"success": True}
 
     def resolve(self, repository: Repository, revision: str, path: str) -> None:
         commit = self._commit_at(repository, revision)
         if path not in commit.files:
-            raise HubError(HTTPStatus.NOT_FOUND, "EntryNotFound", "Entry not found", X_Repo_Commit=commit.sha)
+            raise HubError(HTTPStatus.NOT_FOUND, "Entry not found", "EntryNotFound", {"X-Repo-Commit": commit.sha})
         content = commit.files[path]
         entry = described(path, content)
         headers = {"X-Repo-Commit": commit.sha, "Accept-Ranges": "bytes", "ETag": f'"{entry["oid"]}"'}
@@ -511,8 +510,8 @@ class HubHandler(BaseHTTPRequestHandler):
             start = int(first) if first else max(len(content) - int(last), 0)
             stop = min(int(last) + 1, len(content)) if first and last else len(content)
             if start >= len(content):
-                unsatisfied = f"bytes */{len(content)}"
-                raise HubError(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, Content_Range=unsatisfied)
+                whole = {"Content-Range": f"bytes */{len(content)}"}
+                raise HubError(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, "no such range", headers=whole)
             status = HTTPStatus.PARTIAL_CONTENT
             headers |= {"Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"}
             content = content[start:stop]
