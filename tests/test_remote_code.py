@@ -3,7 +3,6 @@
 python -m pytest tests/test_remote_code.py
 """
 
-import ast
 import json
 import subprocess
 import sys
@@ -174,23 +173,6 @@ def test_pipelines(tmp_path, tokenizer):
     folder = saved_with_tokenizer(LinformerModel, tmp_path / "features", tokenizer)
     features = pipeline("feature-extraction", folder, trust_remote_code=True, return_tensors=True)(text)
     assert features.shape == (1, len(tokenizer(text)["input_ids"]), 20)
-
-
-def test_the_shipped_files_stand_alone():
-    """They import torch, transformers, what transformers itself needs, and each other; and do nothing but compute."""
-    for name in ("configuration_linformer.py", "modeling_linformer.py"):
-        tree = ast.parse((ROOT / name).read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                modules = {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                modules = {"." + node.module} if node.level else {node.module.split(".")[0]}
-            else:
-                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                    assert node.func.id not in {"eval", "exec", "open", "compile", "__import__"}, node.func.id
-                continue
-            allowed = {"torch", "transformers", "huggingface_hub", ".configuration_linformer"}
-            assert modules <= allowed | {"math", "typing", "collections"}, modules
 
 
 def test_half_written_weights_are_refused(tmp_path):
