@@ -193,7 +193,7 @@ class Demo:
         window = f", and exactly to a window of 3 x {config.local_window}" if config.local_window else ""
         return (
             f"# Linformer on your text\n{config.name_or_path}: {self.classifier.model.num_parameters() / 1e6:.1f} M "
-            f"parameters, {config.num_hidden_layers} layers. It reads up to {self.classifier.max_length:,} tokens; "
+            f"parameters, layers: {config.num_hidden_layers}. It reads up to {self.classifier.max_length:,} tokens; "
             f"each attends to {k} slots, `{config.projection_type}` of all tokens{window}."
         )
 
@@ -241,18 +241,19 @@ class Demo:
         return self.note(length), answer, table, Reading(pieces, is_special, *look(self.eager, inputs))
 
     def colour(self, reading: Reading | None, layer: int, head: int) -> tuple[list[tuple[str, float]], str]:
-        """The text in pieces, each with its share of the attention on a scale to 1, and what slots and window got."""
+        """The text in pieces, each with its attention on a scale from 0 to 1, and what that scale is."""
         if reading is None:
             return [], ""
         received = chosen(reading.received, layer, head)
         # Special tokens may take most of the attention; the scale is that of the words.
-        of_words = received[~torch.tensor(reading.is_special)]
-        strength = (received / of_words.max()).clamp(max=1) if len(of_words) else received
+        is_special = torch.tensor(reading.is_special)
+        least, most = received[~is_special].aminmax() if not is_special.all() else received.aminmax()
+        strength = ((received - least) / (most - least).clamp(min=1e-9)).clamp(0, 1)
+        equal = 1 / len(received)
+        scale = f"From white, {least / equal:.2f} times an equal share, to {most / equal:.2f} times. "
         slots, first, window = chosen(reading.kinds, layer, head).tolist()
-        kinds = (
-            f"{slots:.0%} of the attention goes to slots, {first:.0%} to the first token, {window:.0%} to the window."
-        )
-        return list(zip(reading.pieces, strength.tolist())), kinds if self.config.local_window else ""
+        kinds = f"{slots:.0%} goes to slots, {first:.0%} to the first token, {window:.0%} to the window."
+        return list(zip(reading.pieces, strength.tolist())), scale + (kinds if self.config.local_window else "")
 
 
 def load_demo(name: str) -> Demo:
@@ -306,7 +307,7 @@ def build_page(gradio: Any, demo: Demo) -> Any:
             layer = gradio.Dropdown(layers, value=MEAN, label="Layer", elem_id="layer")
             head = gradio.Dropdown(heads, value=MEAN, label="Head", elem_id="head")
         colours = gradio.HighlightedText(
-            label="Where attention looks: the darker a token, the more of it",
+            label="Where attention looks: the darker a token, the more of it falls there",
             show_inline_category=False,
             elem_id="attention",
         )

@@ -126,7 +126,8 @@ def test_pieces_are_the_text_again_and_colours_are_on_the_scale_of_the_words(tmp
     assert "".join(reading.pieces[1:-1]) == TEXT
     colours, _ = demo.colour(reading, MEAN, MEAN)
     assert [piece for piece, _ in colours] == reading.pieces
-    assert max(strength for _, strength in colours[1:-1]) == 1
+    strengths = [strength for _, strength in colours[1:-1]]
+    assert min(strengths) == 0 and max(strengths) == 1
     by_head = [demo.colour(reading, 0, head)[0] for head in (0, 1)]
     assert by_head[0] != by_head[1]
 
@@ -181,6 +182,7 @@ def served(model: Path) -> Iterator[str]:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "True"}
     app = subprocess.Popen(
         [*command, "--server_port", str(port)],
+        cwd=ROOT,
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -213,6 +215,9 @@ def browser():
         started.close()
 
 
+COLOURS = "() => [...document.querySelectorAll('#attention .token')].map(token => token.style.backgroundColor)"
+
+
 def ask(page, text: str) -> None:
     page.locator("#text textarea").fill(text)
     page.locator("#classify").click()
@@ -227,6 +232,7 @@ def test_the_page_in_a_browser(browser, tmp_path):
     batch = tokenizer(text, truncation=True, return_tensors="pt")
     with torch.no_grad():
         expected = LABELS[int(model(**batch).logits.argmax())]
+    pieces = load_demo(str(folder)).read(text)[3].pieces
 
     asked: list[str] = []
     with served(folder) as address:
@@ -235,14 +241,19 @@ def test_the_page_in_a_browser(browser, tmp_path):
         page.on("request", lambda request: asked.append(request.url))
         page.goto(address)
         ask(page, text)
-        page.wait_for_selector("#attention .textspan, #attention span.text")
+        page.locator("#attention .token").first.wait_for()
         assert expected in page.locator("#answer").inner_text()
         assert "of which the model reads 200" in page.locator("#note").inner_text()
         table = page.locator("#table").inner_text()
         assert "this Linformer" in table and "its softmax twin" in table and " ms" in table
-        shown = page.locator("#attention").inner_text()
-        assert "<s>" in shown and text.split()[5] in shown and text.split()[-5] not in shown
+        assert page.locator("#attention .token .text").all_text_contents() == pieces
         assert "to slots" in page.locator("#kinds").inner_text()
+
+        of_all_heads = page.evaluate(COLOURS)
+        assert len(set(of_all_heads)) > 10
+        page.locator("#head input").click()
+        page.get_by_role("option", name="head 2").click()
+        page.wait_for_function(f"before => String(({COLOURS})()) !== String(before)", arg=of_all_heads)
 
         ask(page, "   ")
         page.get_by_text("There is no text").wait_for()
@@ -250,3 +261,17 @@ def test_the_page_in_a_browser(browser, tmp_path):
         page.close()
     elsewhere = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
     assert not elsewhere, "the page asks nobody but its own server"
+
+
+@pytest.mark.skipif("LINFORMER_DEMO_SCREENSHOT" not in os.environ, reason="LINFORMER_DEMO_SCREENSHOT names no file")
+def test_takes_the_picture_of_the_readme(browser):
+    with served(Path("demo")) as address:
+        page = browser.new_page(viewport={"width": 1200, "height": 1000})
+        page.set_default_timeout(120_000)
+        page.goto(address)
+        ask(page, speech())
+        page.locator("#attention .token").first.wait_for()
+        # The text is longer than the picture.
+        page.screenshot(path=os.environ["LINFORMER_DEMO_SCREENSHOT"])
+        page.close()
+    assert Path(os.environ["LINFORMER_DEMO_SCREENSHOT"]).stat().st_size < 300_000
