@@ -109,12 +109,12 @@ def test_the_twin_is_the_model_with_a_slot_for_every_token(tmp_path):
     )
     batch = AutoTokenizer.from_pretrained(tmp_path)(TEXT, truncation=True, return_tensors="pt")
     with torch.no_grad():
-        expected, compressed = own.eval()(**batch).logits, demo.classifier.model(**batch).logits
+        expected, compressed = own.eval()(**batch).logits, demo.model(**batch).logits
         assert torch.allclose(demo.twin(**batch).logits, expected, atol=1e-6)
         assert not torch.allclose(compressed, expected, atol=1e-3)
     short = demo.classifier.tokenizer("Canals.", return_tensors="pt")
     with torch.no_grad():
-        assert torch.allclose(demo.twin(**short).logits, demo.classifier.model(**short).logits, atol=1e-5)
+        assert torch.allclose(demo.twin(**short).logits, demo.model(**short).logits, atol=1e-5)
 
 
 def test_pieces_are_the_text_again_and_colours_are_on_the_scale_of_the_words(tmp_path):

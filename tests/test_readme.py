@@ -17,7 +17,8 @@ import make_tables
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 # A block whose output is printed below it is run; `...` stands for what differs from run to run.
-SNIPPETS = re.findall(r"```(python|bash)\n(.*?)```\n```text\n(.*?)```", TEXT, re.DOTALL)
+LINES = r"((?:(?!```).*\n)*)```"
+SNIPPETS = re.findall(rf"```(python|bash)\n{LINES}\n```text\n{LINES}", TEXT)
 FOLDERS = ("tokenizer", "configs", "data", "checkpoints", "scripts", "CONTRIBUTING.md", "LICENSE")
 
 
@@ -29,11 +30,13 @@ def test_every_python_block_is_run_or_says_why_not():
 
 def test_every_quickstart_is_run():
     quickstarts = TEXT.split("## Quickstarts\n")[1].split("\n## ")[0]
-    blocks = re.findall(r"```(?:python|bash)\n(.*?)```", quickstarts, re.DOTALL)
+    blocks = re.findall(rf"```(?:python|bash)\n{LINES}", quickstarts)
     assert len(blocks) == 4 and {code for _, code, _ in SNIPPETS} >= set(blocks)
 
 
-@pytest.mark.parametrize(("language", "code", "printed"), SNIPPETS, ids=lambda value: " ".join(value.split())[-30:])
+@pytest.mark.parametrize(
+    ("language", "code", "printed"), SNIPPETS, ids=[code.split("\n")[0][:40] for _, code, _ in SNIPPETS]
+)
 def test_snippets_print_what_the_page_says(language, code, printed, tmp_path):
     """In a clone: what the repository holds, and the environment that `make` installs."""
     for name in FOLDERS:
