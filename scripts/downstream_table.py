@@ -1,4 +1,4 @@
-"""The table of results/downstream.csv, for scripts/make_tables.py: what is left of the twin's score in each task."""
+"""The tables of results/downstream.csv, for scripts/make_tables.py: what is left of the twin's score in each task."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,9 +35,13 @@ def grouped(rows: Sequence[Row]) -> dict[Task, dict[Model, dict[str, Row]]]:
     return groups
 
 
+def is_linformer(model: Model) -> bool:
+    return not model[0].endswith("the twin")
+
+
 def differences(runs: dict[str, Row], models: dict[Model, dict[str, Row]]) -> list[float]:
     """Points above the twin of the same task and seed, for each seed that it has too."""
-    twin = next((runs for (name, _, _), runs in models.items() if name.endswith("the twin")), {})
+    twin = next((runs for model, runs in models.items() if not is_linformer(model)), {})
     return [score_of(row) - score_of(twin[seed]) for seed, row in runs.items() if seed in twin]
 
 
@@ -53,9 +57,9 @@ def downstream_table(rows: Sequence[Row]) -> list[str]:
     lines = [header, ["---"] * len(header)]
     compressing: dict[Model, list[float]] = {}
     for (task, trained, judged), models in grouped(rows).items():
-        for model, runs in sorted(models.items(), key=lambda item: not item[0][0].endswith("the twin")):
+        for model, runs in sorted(models.items(), key=lambda item: is_linformer(item[0])):
             shares = [float(row.get("compressed_share_validation") or 0) for row in runs.values()]
-            above = [] if model[0].endswith("the twin") else differences(runs, models)
+            above = differences(runs, models) if is_linformer(model) else []
             if above and max(shares) > 0:
                 compressing.setdefault(model, []).append(sum(above) / len(above))
             counts = [f"{int(count):,}" for count in (trained, judged)]
@@ -65,4 +69,22 @@ def downstream_table(rows: Sequence[Row]) -> list[str]:
         if len(values) > 1:
             name = f"mean of the {len(values)} tasks with compressed texts"
             lines.append([name, "", "", *model, "", "", "", signed([sum(values) / len(values)])])
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def scores_table(rows: Sequence[Row]) -> list[str]:
+    """In short: a line for each model, a column for each task, with the points above or below the twin."""
+    groups = grouped(rows)
+    models = sorted({model: None for of_task in groups.values() for model in of_task}, key=is_linformer)
+    header = ["model", "keys a query", "tokens read"]
+    header += [f"{task}, {int(judged):,} texts" for task, _, judged in groups]
+    lines = [header, ["---"] * len(header)]
+    for model in models:
+        scores = []
+        for of_task in groups.values():
+            runs = of_task.get(model, {})
+            above = signed(differences(runs, of_task)) if is_linformer(model) else ""
+            score = spread([score_of(row) for row in runs.values()], 1) if runs else "–"
+            scores.append(f"{score} ({above})" if above else score)
+        lines.append([*model, *scores])
     return [f"| {' | '.join(cells)} |" for cells in lines]

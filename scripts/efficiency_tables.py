@@ -51,6 +51,16 @@ NAMES = {
     "linformer_package": "package `linformer`",
     "linformer_pytorch_package": "package `linformer-pytorch`",
 }
+# The short table: some lengths, and entries of --models with what they are to a reader who knows none of them.
+COST_LENGTHS = (512, 4096, 32768)
+COST_ENTRIES = {
+    "roberta_sdpa": "RoBERTa, full attention (SDPA): the twin",
+    "modernbert_sdpa": "ModernBERT, SDPA",
+    "longformer": "Longformer",
+    "linformer_package": "package `linformer`",
+    "mean_pool:local_window=32": "this Linformer, 128 means and a window of 3 x 32",
+    "mean_pool": "this Linformer, 128 means alone",
+}
 # Columns of the CSV that rows share where they may stand in one table.
 SETTING = (
     *("mode", "head", "base_dtype", "device", "hardware", "num_threads", "tokens_per_batch", "num_hidden_layers"),
@@ -271,6 +281,31 @@ def peers_table(rows: list[Row]) -> list[str]:
         ]
         lines += ["", caption(setting[0]), "", *markdown(header, body), *not_measured(cells)]
     return [*lines[1:], *gpu_note(rows)]
+
+
+def cost_table(rows: list[Row]) -> list[str]:
+    """In short what a text of each length costs, in time and in memory: full attention, peers, ours."""
+    header = ["model", *(f"{n:,} tokens" for n in COST_LENGTHS)]
+    lines: list[str] = []
+    for setting in settings_of(rows, "forward"):
+        cells = {(n, entry): row for (n, entry, k), row in latest(setting).items() if k in (0, 128)}
+        body = []
+        for entry, name in COST_ENTRIES.items():
+            costs = [cost_of_a_text(cells.get((n, entry))) for n in COST_LENGTHS]
+            if set(costs) != {"–"}:
+                body.append([name, *costs])
+        if body:
+            lines += ["", caption(setting[0]), "", *markdown(header, body)]
+    return lines[1:]
+
+
+def cost_of_a_text(row: Row | None) -> str:
+    """Seconds and peak memory of a row of the batch, e.g. `0.45 s, 26 MiB`."""
+    if row is None or not is_measured(row):
+        return "–"
+    texts = int(row["batch_size"])
+    memory = f", {float(row['peak_memory_mib']) / texts:,.0f} MiB" if row["peak_memory_mib"] else ""
+    return f"{float(row['seconds_median']) / texts:.2g} s{memory}"
 
 
 def training_table(rows: list[Row]) -> list[str]:

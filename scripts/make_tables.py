@@ -45,12 +45,14 @@ TABLES = {
     "paper": "efficiency_tables:paper_table",
     "peers": "efficiency_tables:peers_table",
     "training": "efficiency_tables:training_table",
+    "cost": "efficiency_tables:cost_table",
     "spectrum": "plot_spectrum:spectrum_table",
     "onnx": "onnx_table:onnx_table",
     "conversion": "conversion_table:conversion_table",
     "halves": "halves_table:halves_table",
     "pretraining": "pretraining_table:pretraining_table",
     "downstream": "downstream_table:downstream_table",
+    "scores": "downstream_table:scores_table",
 }
 
 

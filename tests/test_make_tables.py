@@ -9,8 +9,8 @@ import make_tables
 import plot_downstream
 import plot_efficiency
 from common import UserError
-from downstream_table import downstream_table
-from efficiency_tables import paper_table, peers_table, targets_table, training_table
+from downstream_table import downstream_table, scores_table
+from efficiency_tables import cost_table, paper_table, peers_table, targets_table, training_table
 
 
 PEAK = 100.0
@@ -101,6 +101,25 @@ def test_peers(forward):
     ]
     assert body[2][3:] == ["6 (5.4 to 12)", "0.33x", "683", "1,500", "0.05"]
     assert "- RoBERTa, eager at n = 65536: needs about 9 GiB" in peers_table(forward)
+
+
+def test_cost_of_one_text(tmp_path):
+    rows = [
+        cell("roberta_sdpa", 512, 0.8, memory=80),
+        cell("roberta_sdpa", 32768, 80.0, memory=1600),
+        cell("mean_pool", 512, 0.4, memory=40),
+        # Of another k, and of a length that is not shown.
+        cell("mean_pool", 32768, 4.0, k=256),
+        cell("longformer", 1024, 1.0),
+        cell("linformer_package", 512, None),
+        cell("mean_pool", 65536, 9.0, num_hidden_layers=12),
+    ]
+    lines = cost_table(written(rows, tmp_path / "efficiency.csv"))
+    assert cells_of(lines) == [
+        ["RoBERTa, full attention (SDPA): the twin", "0.1 s, 10 MiB", "–", "80 s, 1,600 MiB"],
+        ["this Linformer, 128 means alone", "0.05 s, 5 MiB", "–", "–"],
+    ]
+    assert "3 layers" in lines[0] and "12 layers" not in "".join(lines)
 
 
 def test_training(tmp_path):
@@ -271,6 +290,18 @@ def test_downstream_beside_the_twin_of_the_same_task_and_seed(downstream):
         ["cola", "2,490", "277", slots, "32", "512", "0%", "1", "50.0", "+20.0"],
         ["authors", "2,490", "277", slots, "64 + 1 + 3 x 32", "4096", "25%", "1", "90.0", ""],
         ["mean of the 2 tasks with compressed texts", "", "", slots, "32", "512", "", "", "", "-1.5"],
+    ]
+
+
+def test_scores_have_a_column_for_each_task(downstream):
+    lines = scores_table(downstream)
+    slots, twin = "Linformer, mean_pool", "softmax attention (k = n), the twin"
+    assert "rte, 277 texts | mrpc, 277 texts | cola, 277 texts | authors, 277 texts" in lines[0]
+    assert cells_of(lines) == [
+        [twin, "512", "512", "61.0 ± 1.4", "80.0", "30.0", "–"],
+        [slots, "32", "512", "59.5 ± 2.1 (-1.5 ± 0.7)", "78.5 (-1.5)", "50.0 (+20.0)", "–"],
+        [slots, "64 + 1 + 3 x 32", "512", "60.5 (+0.5)", "–", "–", "–"],
+        [slots, "64 + 1 + 3 x 32", "4096", "–", "–", "–", "90.0"],
     ]
 
 
