@@ -52,3 +52,8 @@ measure --lengths 4096 --dtype bfloat16 --models roberta_sdpa linear mean_pool r
     mean_pool:compile=true
 
 $python scripts/plot_efficiency.py --device "$device" --dtype bfloat16 --num_hidden_layers "$layers"
+# Few curves, for the head of the README.
+if [[ $device == cpu ]]; then
+    $python scripts/plot_efficiency.py --dtype bfloat16 --output_file results/figures/length.png \
+        --models roberta_sdpa linformer_package mean_pool:local_window=32 mean_pool
+fi

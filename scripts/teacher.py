@@ -4,7 +4,7 @@ The hidden states of a source model, also for texts longer than it can read: scr
 scripts/distill.py learns them. The answers of a fine-tuned classifier: scripts/finetune.py learns them beside labels.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -126,7 +126,9 @@ def load_classifier_teacher(
             f"the teacher {name} is no trained classifier: {len(lost)} weights are missing, such as {lost[0]}; "
             "scripts/finetune.py trains one"
         )
-    ours, theirs = student.config, model.config
+    # Their dictionaries of labels are typed as if they could be absent.
+    ours: Any = student.config
+    theirs: Any = model.config
     if set(ours.label2id) != set(theirs.label2id) or ours.problem_type != (theirs.problem_type or ours.problem_type):
         raise UserError(
             f"the teacher {name} knows the labels {sorted(theirs.label2id)} ({theirs.problem_type}), and the data "
