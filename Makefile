@@ -33,7 +33,7 @@ clean-demo:
 	rm -rf demo
 
 test: .venv/installed
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
 quality: .venv/installed
 	$(BIN)/ruff check .

@@ -15,6 +15,9 @@ from safetensors import safe_open
 from transformers import AutoModel, AutoTokenizer, pipeline
 
 
+# One process makes what they share.
+pytestmark = pytest.mark.xdist_group("checkpoint")
+
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints/linformer-all-MiniLM-L6-v2"
 SPEECHES = Path(__file__).parents[1] / "data/sotu/dev.parquet"
 # Weights are rounded to half precision: eleven bits.

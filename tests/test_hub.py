@@ -20,6 +20,9 @@ from hub_server import HubServer
 from tiny import WORDS, save_classifier
 
 
+# One process makes what they share.
+pytestmark = pytest.mark.xdist_group("hub")
+
 ROOT = Path(__file__).resolve().parent.parent
 LABELS = ["law", "peace"]
 TEXT = "our people and the law of the land"

@@ -17,6 +17,9 @@ from pathlib import Path
 import pytest
 
 
+# One process makes what they share.
+pytestmark = pytest.mark.xdist_group("package")
+
 ROOT = Path(__file__).parents[1]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 MODULES = ["__init__.py", "configuration_linformer.py", "modeling_linformer.py"]
