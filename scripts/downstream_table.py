@@ -19,7 +19,8 @@ def task_of(row: Row) -> Task:
 
 
 def model_of(row: Row) -> Model:
-    return name_of(row), keys_of_a_query(row), row["max_length"]
+    name = name_of(row) + (", taught by the twin" if row.get("teacher") else "")
+    return name, keys_of_a_query(row), row["max_length"]
 
 
 def score_of(row: Row) -> float:
@@ -36,7 +37,7 @@ def grouped(rows: Sequence[Row]) -> dict[Task, dict[Model, dict[str, Row]]]:
 
 
 def is_linformer(model: Model) -> bool:
-    return not model[0].endswith("the twin")
+    return not model[0].endswith("(k = n), the twin")
 
 
 def differences(runs: dict[str, Row], models: dict[Model, dict[str, Row]]) -> list[float]:

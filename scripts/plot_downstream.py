@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import ROOT, UserError, parse_arguments, run_main
-from downstream_table import Row, differences, grouped
+from downstream_table import Row, differences, grouped, is_linformer
 from figures import pyplot, save_figure
 from make_tables import read_rows
 
@@ -32,9 +32,9 @@ def points(rows: Sequence[Row]) -> dict[str, dict[str, list[float]]]:
     """Of each model, by task, its points above the twin, one a seed; tasks without a twin are left out."""
     found: dict[str, dict[str, list[float]]] = {}
     for (task, trained, _), models in grouped(rows).items():
-        for (name, keys, length), runs in models.items():
-            values = differences(runs, models)
-            if values and not name.endswith("the twin"):
+        for model, runs in models.items():
+            name, keys, length = model
+            if is_linformer(model) and (values := differences(runs, models)):
                 label = f"{name}, {keys} keys, reads {int(length):,}"
                 found.setdefault(label, {})[f"{task}\n{int(trained):,} rows"] = values
     return found

@@ -2,7 +2,7 @@
 
     python scripts/plot_pretraining.py       # results/pretraining.csv -> results/figures/pretraining.png
 
-Runs of one length, one number of steps and one learning rate are in one panel, seeds as their mean.
+Runs of one length, one number of steps, one optimizer and one learning rate are in one panel, seeds as their mean.
 """
 
 import statistics
@@ -13,7 +13,7 @@ from pathlib import Path
 from common import ROOT, UserError, parse_arguments, run_main
 from figures import pyplot, save_figure
 from make_tables import read_rows
-from pretraining_table import Row, describe
+from pretraining_table import Row, describe, optimizer_of
 
 
 @dataclass
@@ -28,15 +28,15 @@ class Arguments:
     )
 
 
-Panel = tuple[int, int, float]
+Panel = tuple[int, int, str]
 
 
 def curves(rows: list[Row]) -> dict[Panel, dict[str, dict[int, float]]]:
-    """By length, last step and learning rate: of each model the mean perplexity of its seeds by the tokens seen."""
+    """By length, last step and optimizer: of each model the mean perplexity of its seeds by the tokens seen."""
     last_step = {row["command"]: int(row["step"]) for row in rows}
     values: dict[Panel, dict[str, dict[int, list[float]]]] = {}
     for row in rows:
-        where = int(row["max_length"]), last_step[row["command"]], float(row["learning_rate"])
+        where = int(row["max_length"]), last_step[row["command"]], optimizer_of(row)
         panel = values.setdefault(where, {})
         points = panel.setdefault(describe(row), {})
         points.setdefault(int(row["tokens"]), []).append(float(row["validation_perplexity"]))
@@ -50,15 +50,15 @@ def curves(rows: list[Row]) -> dict[Panel, dict[str, dict[int, float]]]:
 
 
 def draw(rows: list[Row]) -> pyplot.Figure:
-    """A panel for each length, number of steps and learning rate; the twin is dashed and black."""
+    """A panel for each length, number of steps and optimizer; the twin is dashed and black."""
     panels = sorted(curves(rows).items())
     figure, axes = pyplot.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.5), squeeze=False)
-    for axis, ((length, _, rate), models) in zip(axes[0], panels):
+    for axis, ((length, _, optimizer), models) in zip(axes[0], panels):
         for name, points in models.items():
             style = {"color": "black", "linestyle": "--"} if name.startswith("RoBERTa") else {}
             axis.plot([tokens / 1e6 for tokens in points], list(points.values()), marker=".", label=name, **style)
         axis.set(xlabel="million tokens seen", ylabel="perplexity on held-out books", yscale="log")
-        axis.set_title(f"n = {length:,}, learning rate {rate:g}")
+        axis.set_title(f"n = {length:,}, {optimizer}")
         for of_ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
             of_ticks("{x:,.0f}")
         axis.grid(True, which="both", alpha=0.3)

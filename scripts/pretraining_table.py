@@ -32,20 +32,25 @@ def describe(row: Row) -> str:
     )
 
 
+def optimizer_of(row: Row) -> str:
+    """The optimizer and its highest learning rate."""
+    return f"{'Muon' if '--optimizer muon' in row['command'] else 'AdamW'}, {row['learning_rate']}"
+
+
 def pretraining_table(rows: list[Row]) -> list[str]:
     """A line for each model, length and number of tokens, its seeds together, beside the same seeds of the twin."""
     groups: dict[tuple[str, str, str, str], dict[str, Row]] = {}
     for row in last_rows(rows):
-        key = (row["max_length"], row["step"], row["learning_rate"], describe(row))
+        key = (row["max_length"], row["step"], optimizer_of(row), describe(row))
         groups.setdefault(key, {})[row["seed"]] = row
     twins = {key[:3]: group for key, group in groups.items() if key[3].startswith("RoBERTa")}
-    header = ["n", "tokens", "model", "parameters", "learning rate", "seeds", "perplexity", "beside the twin"]
+    header = ["n", "tokens", "model", "parameters", "optimizer, rate", "seeds", "perplexity", "beside the twin"]
     lines = [header, ["---"] * len(header)]
-    for (length, step, rate, name), group in sorted(
+    for (length, step, optimizer, name), group in sorted(
         groups.items(), key=lambda item: (int(item[0][0]), int(item[0][1]))
     ):
         one = next(iter(group.values()))
-        twin = twins.get((length, step, rate), {})
+        twin = twins.get((length, step, optimizer), {})
         ratios = [
             float(row["validation_perplexity"]) / float(twin[seed]["validation_perplexity"]) - 1
             for seed, row in group.items()
@@ -57,7 +62,7 @@ def pretraining_table(rows: list[Row]) -> list[str]:
                 f"{int(one['tokens']) / 1e6:.1f} M",
                 name,
                 f"{int(one['parameters']) / 1e6:.1f} M",
-                rate,
+                optimizer,
                 str(len(group)),
                 spread([float(row["validation_perplexity"]) for row in group.values()], digits=1),
                 "" if group is twin or not ratios else f"{statistics.mean(ratios):+.1%}",

@@ -11,6 +11,7 @@ import plot_efficiency
 from common import UserError
 from downstream_table import downstream_table, scores_table
 from efficiency_tables import cost_table, paper_table, peers_table, targets_table, training_table
+from pretraining_table import pretraining_table
 
 
 PEAK = 100.0
@@ -255,6 +256,7 @@ def tuned(name: str, seed: int, score: float, k: int, w: int = 0, length: int = 
     row |= {"model_type": "linformer", "projection_type": "mean_pool", "projection_sharing": "layerwise"}
     row |= {"projected_length": k, "local_window": w, "max_length": length, "training_rows": 2490}
     row |= {"evaluated_rows": 277, "eval_score": score, "eval_accuracy": "", "compressed_share_validation": 0.25}
+    row |= {"teacher": ""}
     return row | changes
 
 
@@ -266,6 +268,7 @@ def downstream(tmp_path) -> list[dict[str, str]]:
         tuned("rte-twin", 1, 0.60, 512, compressed_share_validation=0),
         tuned("rte-twin", 2, 0.62, 512, compressed_share_validation=0),
         tuned("rte-window", 1, 0.605, 64, 32),
+        tuned("rte-taught", 1, 0.595, 32, teacher="output/rte-twin-1"),
         # Twins of other data are no twins.
         tuned("mrpc-twin", 1, 0.80, 512, compressed_share_validation=0),
         tuned("mrpc-slots", 1, 0.785, 32),
@@ -284,6 +287,7 @@ def test_downstream_beside_the_twin_of_the_same_task_and_seed(downstream):
         ["rte", "2,490", "277", twin, "512", "512", "0%", "2", "61.0 ± 1.4", ""],
         ["rte", "2,490", "277", slots, "32", "512", "25%", "2", "59.5 ± 2.1", "-1.5 ± 0.7"],
         ["rte", "2,490", "277", slots, "64 + 1 + 3 x 32", "512", "25%", "1", "60.5", "+0.5"],
+        ["rte", "2,490", "277", f"{slots}, taught by the twin", "32", "512", "25%", "1", "59.5", "-0.5"],
         ["mrpc", "2,490", "277", twin, "512", "512", "0%", "1", "80.0", ""],
         ["mrpc", "2,490", "277", slots, "32", "512", "25%", "1", "78.5", "-1.5"],
         ["cola", "2,490", "277", twin, "512", "512", "0%", "1", "30.0", ""],
@@ -301,6 +305,7 @@ def test_scores_have_a_column_for_each_task(downstream):
         [twin, "512", "512", "61.0 ± 1.4", "80.0", "30.0", "–"],
         [slots, "32", "512", "59.5 ± 2.1 (-1.5 ± 0.7)", "78.5 (-1.5)", "50.0 (+20.0)", "–"],
         [slots, "64 + 1 + 3 x 32", "512", "60.5 (+0.5)", "–", "–", "–"],
+        [f"{slots}, taught by the twin", "32", "512", "59.5 (-0.5)", "–", "–", "–"],
         [slots, "64 + 1 + 3 x 32", "4096", "–", "–", "–", "90.0"],
     ]
 
@@ -316,3 +321,26 @@ def test_the_downstream_figure_shows_what_has_a_twin(downstream, tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     with pytest.raises(UserError, match="no task has both"):
         plot_downstream.draw(downstream[-1:])
+
+
+# Pretraining
+
+
+def test_perplexities_beside_the_twin_of_the_same_optimizer():
+    def pretrained(model: str, perplexity: float, *options: str) -> dict[str, str]:
+        row = {"model": model, "projection_type": "mean_pool", "projection_init": "normal", "projected_length": "128"}
+        row |= {"local_window": "32", "max_length": "512", "tokens": "8192000", "step": "2000", "seed": "1"}
+        row |= {"parameters": "11800000", "learning_rate": "0.001", "validation_perplexity": str(perplexity)}
+        return row | {"command": " ".join(["scripts/pretrain.py", model, *options])}
+
+    muon = ("--optimizer", "muon")
+    rows = [pretrained("roberta", 600), pretrained("linformer", 540), pretrained("linformer", 360, *muon)]
+    rows += [pretrained("roberta", 400, *muon)]
+    lines = {(cells[2], cells[4]): cells[6:] for cells in cells_of(pretraining_table(rows))}
+    ours, twin = "mean_pool, k = 128, w = 32", "RoBERTa, the softmax twin"
+    assert lines == {
+        (twin, "AdamW, 0.001"): ["600.0", ""],
+        (ours, "AdamW, 0.001"): ["540.0", "-10.0%"],
+        (twin, "Muon, 0.001"): ["400.0", ""],
+        (ours, "Muon, 0.001"): ["360.0", "-10.0%"],
+    }
