@@ -60,7 +60,7 @@ class TrainingArguments:
     optimizer: str = field(
         default="adamw",
         metadata={
-            "help": "Or Muon for the matrices of the layers, with AdamW for all else: learns more from few tokens.",
+            "help": "Or Muon for the matrices of the layers, with AdamW for all else.",
             "choices": ["adamw", "muon"],
         },
     )
