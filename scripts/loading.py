@@ -53,6 +53,18 @@ def parse_overrides(overrides: str | None) -> dict[str, Any]:
     return changes
 
 
+def load_tokenizer(name: str | None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """A fast tokenizer with a padding token, by default this repository's. Raises `UserError` for any other."""
+    name = name or str(ROOT / "tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot load the tokenizer {name}: {one_line(error)}") from error
+    if not tokenizer.is_fast or tokenizer.pad_token is None:
+        raise UserError(f"the tokenizer {name} must be a fast one with a padding token")
+    return tokenizer
+
+
 def load_config_and_tokenizer(
     arguments: ModelArguments, more_overrides: dict[str, Any] | None = None
 ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
@@ -65,12 +77,7 @@ def load_config_and_tokenizer(
         raise UserError("give either --model_name_or_path, to go on from a model, or --config_name, for a new one")
     trust = {"trust_remote_code": arguments.trust_remote_code}
     tokenizer_name = str(arguments.tokenizer_name or arguments.model_name_or_path or ROOT / "tokenizer")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, **trust)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load the tokenizer {tokenizer_name}: {one_line(error)}") from error
-    if not tokenizer.is_fast or tokenizer.pad_token is None:
-        raise UserError(f"the tokenizer {tokenizer_name} must be a fast one with a padding token")
+    tokenizer = load_tokenizer(tokenizer_name, **trust)
 
     changes = parse_overrides(arguments.config_overrides) | (more_overrides or {})
     if arguments.model_name_or_path is None:

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from datasets.exceptions import DatasetsError
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
@@ -122,6 +122,12 @@ class PackedBlocks(Dataset):
             row += 1
         input_ids = np.concatenate([[self.frame.first], *pieces, [self.frame.last]])
         return {"input_ids": input_ids, "documents": (names[0], names[-1]), "key": (self.epoch, index)}
+
+
+def spread_evenly(blocks: PackedBlocks, count: int) -> Subset:
+    """At most `count` blocks, from the first to the last."""
+    chosen = np.linspace(0, len(blocks) - 1, min(len(blocks), count)).round().astype(int)
+    return Subset(blocks, chosen.tolist())
 
 
 class BlockStream(IterableDataset):

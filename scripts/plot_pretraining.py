@@ -36,6 +36,8 @@ def curves(rows: list[Row]) -> dict[Panel, dict[str, dict[int, float]]]:
     last_step = {row["command"]: int(row["step"]) for row in rows}
     values: dict[Panel, dict[str, dict[int, list[float]]]] = {}
     for row in rows:
+        if not row["learning_rate"]:
+            continue
         where = int(row["max_length"]), last_step[row["command"]], optimizer_of(row)
         panel = values.setdefault(where, {})
         points = panel.setdefault(describe(row), {})
@@ -57,6 +59,10 @@ def draw(rows: list[Row]) -> pyplot.Figure:
         for name, points in models.items():
             style = {"color": "black", "linestyle": "--"} if name.startswith("RoBERTa") else {}
             axis.plot([tokens / 1e6 for tokens in points], list(points.values()), marker=".", label=name, **style)
+        for row in rows:
+            # Token frequencies, which nothing has to train.
+            if not row["learning_rate"] and int(row["max_length"]) == length:
+                axis.axhline(float(row["validation_perplexity"]), color="gray", linestyle=":", label=row["model"])
         axis.set(xlabel="million tokens seen", ylabel="perplexity on held-out books", yscale="log")
         axis.set_title(f"n = {length:,}, {optimizer}")
         for of_ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):

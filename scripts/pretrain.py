@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from datasets.distributed import split_dataset_by_node
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -56,6 +56,7 @@ from packing import (
     PackedBlocks,
     StreamedBlocks,
     encode,
+    spread_evenly,
     tokenize_documents,
 )
 from training import (
@@ -350,11 +351,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         stream = BlockStream(documents, tokenizer, length, loop.seed, arguments.shuffle_window, process)
         data = StreamedBlocks(accelerator, stream, collate, **options)
 
-    chosen = np.linspace(0, len(held_out) - 1, min(len(held_out), arguments.max_eval_samples)).round().astype(int)
+    chosen = spread_evenly(held_out, arguments.max_eval_samples)
     accelerator.print(f"{len(chosen):,} blocks of {len(held_out):,} to evaluate on")
     eval_loader = accelerator.prepare(
         DataLoader(
-            Subset(held_out, chosen.tolist()),
+            chosen,
             loop.per_device_eval_batch_size,
             collate_fn=MaskingCollator(tokenizer, arguments.mlm_probability, EVALUATION_SEED),
         )

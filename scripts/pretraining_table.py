@@ -33,7 +33,9 @@ def describe(row: Row) -> str:
 
 
 def optimizer_of(row: Row) -> str:
-    """The optimizer and its highest learning rate."""
+    """The optimizer and its highest learning rate; nothing of what was not trained."""
+    if not row["learning_rate"]:
+        return ""
     return f"{'Muon' if '--optimizer muon' in row['command'] else 'AdamW'}, {row['learning_rate']}"
 
 
