@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -23,6 +24,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from datasets import Dataset
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
@@ -38,8 +40,10 @@ from transformers import (
 
 import checkpointing
 import common
+import packing
 import pretrain
 import training
+import unigram
 from checkpointing import is_intact, list_checkpoints
 from common import UserError
 from hf_linformer import LinformerConfig
@@ -348,6 +352,31 @@ def test_the_twin_learns_from_the_same_blocks_with_the_same_masks(runs, monkeypa
         assert getattr(theirs, name) == getattr(ours, name), name
     assert theirs.pad_token_id == ours.pad_token_id == 1 and theirs.max_position_embeddings == 32 + 2
     assert log(output_dir)[-1]["tokens"] == log(runs.folder / "linformer")[-1]["tokens"] == 20 * 128
+
+
+def test_token_frequencies_are_what_a_model_must_beat(data, tmp_path, capsys):
+    given = ["--tokenizer_name", data / "tokenizer", "--train_file", data / "train.jsonl", "--max_length", 32]
+    given += ["--validation_file", data / "validation.jsonl", "--results_file", tmp_path / "results.csv"]
+    unigram.main([str(option) for option in given])
+    tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
+    train, held_out = (
+        [json.loads(line)["text"] for line in (data / f"{name}.jsonl").open()] for name in ("train", "validation")
+    )
+    counts = Counter(token for ids in tokenizer(train, add_special_tokens=False)["input_ids"] for token in ids)
+    total = sum(counts.values()) + len(tokenizer)
+    blocks = packing.PackedBlocks(
+        packing.tokenize_documents(Dataset.from_dict({"text": held_out}), tokenizer, None, ""),
+        32,
+        packing.Frame.of(tokenizer),
+    )
+    batch = packing.MaskingCollator(tokenizer, 0.15, packing.EVALUATION_SEED)([blocks[i] for i in range(len(blocks))])
+    asked = batch["labels"][batch["labels"] != -100].tolist()
+    loss = sum(-math.log((counts[token] + 1) / total) for token in asked) / len(asked)
+    (row,) = csv.DictReader((tmp_path / "results.csv").open())
+    assert float(row["validation_loss"]) == pytest.approx(loss, rel=1e-5)
+    assert f"perplexity {math.exp(loss):,.1f} on 9 blocks" in capsys.readouterr().out
+    with pytest.raises(UserError, match="not enough for one block of 4000"):
+        unigram.main([str(option) for option in [*given, "--max_length", 4000]])
 
 
 @pytest.mark.parametrize("architecture", ["linformer", "roberta"])
