@@ -40,8 +40,8 @@ pretrain mean_128_window_32 projection_type=mean_pool,local_window=32
 pretrain mean_128 projection_type=mean_pool
 pretrain mean_64_window_32 projection_type=mean_pool,projected_length=64,local_window=32
 # With another optimizer: what is near in one may not be in the other.
-pretrain mean_128_window_32_muon projection_type=mean_pool,local_window=32 --optimizer muon --learning_rate 2e-3
-pretrain twin_muon "" --architecture roberta --optimizer muon --learning_rate 2e-3
+pretrain mean_128_window_32_muon projection_type=mean_pool,local_window=32 --optim muon --learning_rate 2e-3
+pretrain twin_muon "" --architecture roberta --optim muon --learning_rate 2e-3
 # A single slot tells a token next to nothing of its context: what is above this is what attention is worth.
 pretrain linear_1 projected_length=1
 pretrain linear_128_segments projection_init=segment_mean

@@ -316,7 +316,9 @@ def build_page(gradio: Any, demo: Demo) -> Any:
         kinds = gradio.Markdown(elem_id="kinds")
         colouring = {"fn": demo.colour, "inputs": [reading, layer, head], "outputs": [colours, kinds]}
         for trigger in (button.click, text.submit):
-            trigger(demo.read, text, [note, answer, table, reading]).then(**colouring)
+            # One at a time: what another pass does would be measured too.
+            alone = {"concurrency_id": "read", "concurrency_limit": 1}
+            trigger(demo.read, text, [note, answer, table, reading], **alone).then(**colouring)
         for choice in (layer, head):
             choice.change(**colouring)
     return page

@@ -6,7 +6,7 @@
     accelerate launch scripts/distill.py ...                           # several GPUs, the same options
 
 Texts are cut into pieces of --max_length tokens. The loss is the squared relative error of the hidden states, averaged
-over layers: 0.01 is an error of a tenth. With --logits_weight the outputs of a head are learnt too, and with
+over texts and layers: 0.01 is an error of a tenth. With --logits_weight the outputs of a head are learnt too, and with
 --masked_lm_weight the words themselves. Pieces longer than the source can read are taught by windows of it.
 
 --trainable long_only trains only what texts of up to k tokens never meet, so that the model stays exact on them:

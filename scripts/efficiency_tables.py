@@ -52,7 +52,7 @@ NAMES = {
     "linformer_pytorch_package": "package `linformer-pytorch`",
 }
 # The short table: some lengths, and entries of --models with what they are to a reader who knows none of them.
-COST_LENGTHS = (512, 4096, 32768)
+COST_LENGTHS = (4096, 16384, 32768)
 COST_ENTRIES = {
     "roberta_sdpa": "RoBERTa, full attention (SDPA): the twin",
     "modernbert_sdpa": "ModernBERT, SDPA",
@@ -110,12 +110,12 @@ def settings_of(rows: Sequence[Row], mode: str) -> list[list[Row]]:
     return list(groups.values())
 
 
-def caption(row: Row) -> str:
+def caption(row: Row, batch: str = "") -> str:
     """What all rows of a table share."""
     mode = "Forward pass" if row["mode"] == "forward" else "Training step (forward, backward, AdamW)"
     head = ", masked-LM head" if row["head"] == "masked_lm" else ""
     device = "on the GPU" if row["device"] == "cuda" else f"on the CPU with {row['num_threads']} threads"
-    batch = (
+    batch = batch or (
         f"batches of {row['tokens_per_batch']} tokens"
         if row["tokens_per_batch"]
         else f"batch size {row['batch_size']}"
@@ -284,28 +284,36 @@ def peers_table(rows: list[Row]) -> list[str]:
 
 
 def cost_table(rows: list[Row]) -> list[str]:
-    """In short what a text of each length costs, in time and in memory: full attention, peers, ours."""
+    """In short what one text of each length costs, in time and in memory: full attention, peers, ours.
+
+    A column is of one run, for the same machine is faster on one day than on another: of the run that has the most.
+    """
     header = ["model", *(f"{n:,} tokens" for n in COST_LENGTHS)]
     lines: list[str] = []
     for setting in settings_of(rows, "forward"):
-        cells = {(n, entry): row for (n, entry, k), row in latest(setting).items() if k in (0, 128)}
-        body = []
-        for entry, name in COST_ENTRIES.items():
-            costs = [cost_of_a_text(cells.get((n, entry))) for n in COST_LENGTHS]
-            if set(costs) != {"–"}:
-                body.append([name, *costs])
+        runs: dict[int, dict[str, dict[str, Row]]] = {n: {} for n in COST_LENGTHS}
+        for row in setting:
+            n, entry = int(row["sequence_length"]), entry_of(row)
+            is_shown = n in runs and entry in COST_ENTRIES and slots_of(row) in (0, 128)
+            if is_shown and is_measured(row) and row["batch_size"] == "1":
+                runs[n].setdefault(row["run_id"], {})[entry] = row
+        columns = [max(of_length.values(), key=len, default={}) for of_length in runs.values()]
+        body = [
+            [name, *(cost_of(column.get(entry)) for column in columns)]
+            for entry, name in COST_ENTRIES.items()
+            if any(entry in column for column in columns)
+        ]
         if body:
-            lines += ["", caption(setting[0]), "", *markdown(header, body)]
+            lines += ["", caption(setting[0], "one text"), "", *markdown(header, body)]
     return lines[1:]
 
 
-def cost_of_a_text(row: Row | None) -> str:
-    """Seconds and peak memory of a row of the batch, e.g. `0.45 s, 26 MiB`."""
-    if row is None or not is_measured(row):
+def cost_of(row: Row | None) -> str:
+    """Seconds and peak memory, e.g. `0.45 s, 26 MiB`."""
+    if row is None:
         return "–"
-    texts = int(row["batch_size"])
-    memory = f", {float(row['peak_memory_mib']) / texts:,.0f} MiB" if row["peak_memory_mib"] else ""
-    return f"{float(row['seconds_median']) / texts:.2g} s{memory}"
+    memory = f", {float(row['peak_memory_mib']):,.0f} MiB" if row["peak_memory_mib"] else ""
+    return f"{float(row['seconds_median']):.2g} s{memory}"
 
 
 def training_table(rows: list[Row]) -> list[str]:

@@ -367,9 +367,14 @@ def run(
     teacher = None
     if arguments.teacher_name_or_path:
         weights = (arguments.logits_weight, arguments.hidden_states_weight)
-        trust = model_arguments.trust_remote_code
-        teacher = load_classifier_teacher(arguments.teacher_name_or_path, model, max_length, *weights, trust)
+        multiple = arguments.pad_to_multiple_of or 1
+        longest = math.ceil(max_length / multiple) * multiple
+        teacher = load_classifier_teacher(
+            *(arguments.teacher_name_or_path, model, tokenizer, longest, *weights, model_arguments.trust_remote_code)
+        )
         teacher.model.to(accelerator.device)
+    elif arguments.hidden_states_weight:
+        raise UserError("--hidden_states_weight learns from a teacher: give --teacher_name_or_path")
     label2id: dict[str, int] = model.config.label2id  # type: ignore[assignment]
     label_ids = None if label_names is None else [label2id[name] for name in label_names]
     tokenizing = (tokenizer, max_length, label_ids, arguments.preprocessing_num_workers)

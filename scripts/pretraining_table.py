@@ -36,7 +36,7 @@ def optimizer_of(row: Row) -> str:
     """The optimizer and its highest learning rate; nothing of what was not trained."""
     if not row["learning_rate"]:
         return ""
-    return f"{'Muon' if '--optimizer muon' in row['command'] else 'AdamW'}, {row['learning_rate']}"
+    return f"{'Muon' if '--optim muon' in row['command'] else 'AdamW'}, {row['learning_rate']}"
 
 
 def pretraining_table(rows: list[Row]) -> list[str]:

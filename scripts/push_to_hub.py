@@ -153,24 +153,28 @@ def files_in(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def git_files(*options: str) -> list[str]:
-    """What git lists in this repository, e.g. `--modified`; without options all that it tracks."""
+def ask_git(*command: str) -> list[str]:
+    """The files that a git command lists in this repository, with `-z` among its options."""
     try:
-        command = ["git", "ls-files", "-z", *options]
-        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        listed = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         raise UserError(f"git cannot say what it tracks in {ROOT}: {' '.join(reason.split())}") from error
     return [name for name in listed.split("\0") if name]
 
 
+def changed_files() -> list[str]:
+    """What differs from the last commit, staged or not."""
+    return ask_git("diff", "--name-only", "-z", "HEAD")
+
+
 def tracked_files() -> set[str]:
     """What git tracks. Raises `UserError` where that is not what the Hub would get."""
-    if ignored := git_files("--cached", "--ignored", "--exclude-standard"):
+    if ignored := ask_git("ls-files", "-z", "--cached", "--ignored", "--exclude-standard"):
         raise UserError(f"the Hub leaves out what .gitignore names, and git tracks {', '.join(ignored)}; mend either")
-    if deleted := git_files("--deleted"):
+    if deleted := ask_git("ls-files", "-z", "--deleted"):
         raise UserError(f"git tracks {', '.join(deleted)}, which is no longer there; commit that, or restore it")
-    return set(git_files())
+    return set(ask_git("ls-files", "-z"))
 
 
 def model_files(folder: Path, card: Path) -> set[str]:
@@ -254,6 +258,8 @@ def read_model(staged: Path, folder: str, name: str) -> Model:
             f"auto_map in config.json of {name} must name classes of {' and '.join(CODE)}, beginning with AutoConfig, "
             f"and is {auto_map}; save the model with save_pretrained"
         )
+    if "auto_map" in json.loads((place / TOKENIZER[1]).read_text(encoding="utf-8")):
+        raise UserError(f"auto_map in {TOKENIZER[1]} of {name} names code for a tokenizer; a Linformer's has none")
     architecture = (config.get("architectures") or [None])[0]
     # LinformerForMaskedLM is also what AutoModelForPreTraining gives.
     own = [key for key, value in auto_map.items() if value.endswith(f".{architecture}") and "PreTraining" not in key]
@@ -307,7 +313,9 @@ def load_in_fresh_process(staged: Path, model: Model, name: str) -> dict[str, li
     steps = ["AutoConfig", "AutoTokenizer", *auto_classes]
     fresh = []
     with tempfile.TemporaryDirectory() as aside, tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": aside}
+        # What is loaded has no business with the token, and none with code in the cache.
+        environment = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
+        environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": aside, "HF_MODULES_CACHE": aside}
         command = [sys.executable, "-I", "-c", LOADING, str(staged / model.folder), model.auto_class, *auto_classes]
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=errors, env=environment, cwd=aside, text=True
@@ -328,7 +336,9 @@ def load_in_fresh_process(staged: Path, model: Model, name: str) -> dict[str, li
 def minimal_text(model: Model, repo_id: str) -> str:
     """What can be said of a model by its configuration alone."""
     config = model.config
-    classes = ", ".join((config.get("id2label") or {}).values())
+    labels = list((config.get("id2label") or {}).values())
+    # A regression has one label, which says nothing.
+    classes = ", ".join(labels) if len(labels) > 1 else ""
     says = f" It tells apart: {classes}." if classes and model.architecture.endswith("Classification") else ""
     return f"""
 # {repo_id.split("/")[1]}
@@ -544,7 +554,7 @@ def publish(arguments: Arguments, files: dict[str, Path], card_is_written: bool)
         if card_is_written and remote and "README.md" in remote.files:
             also = ", and --license changes nothing there" if arguments.license else ""
             print(f"the card on the Hub stays as it is, since the folder has none{also}")
-            del files["README.md"]
+            del files["README.md"], remote.files["README.md"]
         add, delete = changes(files, remote, arguments.delete_files or [])
         tagged = remote.tags.get(tag) if remote and tag else None
         if remote and tagged and (tagged != remote.head or add or delete):
@@ -586,7 +596,7 @@ def find_models(staged: Path, given: str) -> list[Model]:
 def check_problems(arguments: Arguments, missing: Sequence[str]) -> None:
     """Warn of what a private repository may lack; refuse to show it to everybody."""
     problems = [f"the card lacks {' and '.join(missing)}"] if missing else []
-    if Path(arguments.model_name_or_path).resolve() == ROOT and (modified := git_files("--modified")):
+    if Path(arguments.model_name_or_path).resolve() == ROOT and (modified := changed_files()):
         problems.append(f"changes are not committed in {', '.join(modified)}")
     if problems and arguments.public:
         raise UserError(f"{'; '.join(problems)}; mend that before all can see it, or leave out --public")

@@ -7,9 +7,10 @@ scripts/distill.py learns them. The answers of a fine-tuned classifier: scripts/
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import hf_linformer  # noqa: F401  (registers Linformer with the Auto classes)
@@ -60,10 +61,13 @@ def states_of_windows(encoder: PreTrainedModel, row: Tensor, n: int) -> Tensor:
 
 
 def relative_errors(ours: Tensor, theirs: Tensor, mask: Tensor) -> Tensor:
-    """Squared, of each layer, over the real tokens of a batch: (B, layers, N, D), (B, N) -> (layers,)"""
+    """Squared, of each layer, over the real tokens of a row; the mean over rows, so that a batch may be divided.
+
+    (B, layers, N, D), (B, N) -> (layers,)
+    """
     real = mask[:, None, :, None].float()
-    difference = ((ours.float() - theirs.float()).square() * real).sum(dim=(0, 2, 3))
-    return difference / (theirs.float().square() * real).sum(dim=(0, 2, 3))
+    difference = ((ours.float() - theirs.float()).square() * real).sum(dim=(2, 3))  # (B, layers)
+    return (difference / (theirs.float().square() * real).sum(dim=(2, 3))).mean(dim=0)
 
 
 def divergence(logits: Tensor, expected: Tensor, problem_type: str | None) -> Tensor:
@@ -78,10 +82,14 @@ def divergence(logits: Tensor, expected: Tensor, problem_type: str | None) -> Te
 
 
 class ClassifierTeacher(NamedTuple):
-    """A fine-tuned classifier that is imitated. label_order: its class for each class of the student."""
+    """A fine-tuned classifier that is imitated.
+
+    label_order: its class for each class of the student, whose problem_type says what the classes are
+    """
 
     model: PreTrainedModel
     label_order: list[int]
+    problem_type: str
     logits_weight: float
     hidden_states_weight: float
 
@@ -94,7 +102,7 @@ class ClassifierTeacher(NamedTuple):
             expected = self.model(**inputs, output_hidden_states=self.hidden_states_weight > 0)
         assert output.logits is not None
         logits, targets = output.logits.float(), expected.logits.float()[:, self.label_order]
-        distance = self.logits_weight * divergence(logits, targets, self.model.config.problem_type)
+        distance = self.logits_weight * divergence(logits, targets, self.problem_type)
         if self.hidden_states_weight:
             assert output.hidden_states is not None
             both = (output.hidden_states, expected.hidden_states)
@@ -107,19 +115,27 @@ class ClassifierTeacher(NamedTuple):
 def load_classifier_teacher(
     name: str,
     student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     logits_weight: float,
     hidden_states_weight: float,
     trust_remote_code: bool,
 ) -> ClassifierTeacher:
-    """A trained classifier of the student's labels and tokens. Raises `UserError` where the two do not fit."""
+    """A trained classifier of the student's labels and tokens. Raises `UserError` where the two do not fit.
+
+    tokenizer: the student's. max_length: the longest row there will be, with its pads.
+    """
     for option, weight in {"logits_weight": logits_weight, "hidden_states_weight": hidden_states_weight}.items():
         if weight < 0:
             raise UserError(f"--{option} must not be negative, and is {weight}")
-    options = {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": trust_remote_code}
+    if not logits_weight and not hidden_states_weight:
+        raise UserError("--logits_weight and --hidden_states_weight are 0: nothing is learned from the teacher")
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    options = trust | {"use_safetensors": True, "output_loading_info": True}
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        its_tokenizer = AutoTokenizer.from_pretrained(name, **trust)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"cannot load the teacher {name}: {one_line(error)}") from error
     if lost := sorted(report["missing_keys"]):
         raise UserError(
@@ -134,11 +150,9 @@ def load_classifier_teacher(
             f"the teacher {name} knows the labels {sorted(theirs.label2id)} ({theirs.problem_type}), and the data "
             f"have {sorted(ours.label2id)} ({ours.problem_type}); give one that was trained for the same"
         )
-    if ours.vocab_size != theirs.vocab_size:
-        raise UserError(
-            f"the teacher {name} has a vocabulary of {theirs.vocab_size}, and the model {ours.vocab_size}: they must "
-            "read the same tokens"
-        )
+    read, its_read = ((one.get_vocab(), one.model_input_names) for one in (tokenizer, its_tokenizer))
+    if read != its_read or len(tokenizer) > theirs.vocab_size:
+        raise UserError(f"the teacher {name} has another tokenizer than the model: they must read the same tokens")
     if (limit := longest_input(model)) is not None and limit < max_length:
         limits = f"{limit} tokens and the model {max_length}; give --max_length {limit}"
         raise UserError(f"the teacher {name} reads {limits}")
@@ -150,4 +164,5 @@ def load_classifier_teacher(
             f"{ours.num_hidden_layers} of {ours.hidden_size}; leave it at 0"
         )
     order = [theirs.label2id[ours.id2label[index]] for index in range(ours.num_labels)]
-    return ClassifierTeacher(model.eval().requires_grad_(False), order, logits_weight, hidden_states_weight)
+    weights = (logits_weight, hidden_states_weight)
+    return ClassifierTeacher(model.eval().requires_grad_(False), order, ours.problem_type, *weights)

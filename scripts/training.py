@@ -57,7 +57,7 @@ class TrainingArguments:
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Rows of one forward and backward pass."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Rows of one forward pass in evaluation."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Passes to one optimizer step."})
-    optimizer: str = field(
+    optim: str = field(
         default="adamw",
         metadata={
             "help": "Or Muon for the matrices of the layers, with AdamW for all else.",
@@ -369,11 +369,14 @@ def height_of(name: str, prefix: str, num_layers: int) -> int:
 def make_optimizers(
     model: PreTrainedModel, arguments: TrainingArguments, max_steps: int
 ) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LRScheduler]]:
-    """AdamW, or Muon for the encoder's linear layers and AdamW for the others; each with its schedule."""
+    """AdamW, or Muon for the matrices of the layers and AdamW for all else; each with its schedule."""
     top = getattr(model.config, "num_hidden_layers", 0) + 1
-    encoder = getattr(model, model.base_model_prefix, model)
-    uses_muon = arguments.optimizer == "muon"
-    matrices = {module.weight for module in encoder.modules() if isinstance(module, nn.Linear) and uses_muon}
+    matrices: set[Tensor] = set()
+    if arguments.optim == "muon":
+        linear = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        matrices = {module.weight for name, module in linear.items() if LAYER.search(name)}
+        if not matrices:
+            raise UserError(f"--optim muon finds no linear layers in the layers of a {model.config.model_type} model")
     groups: dict[tuple[bool, float, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         below = top - height_of(name, model.base_model_prefix, top - 1)
@@ -512,8 +515,8 @@ def train(
         # Embeddings that are tied to a decoder cannot be divided apart from it.
         layers = [name for name in model._no_split_modules or [] if not name.endswith("Embeddings")]
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = layers
-    if arguments.optimizer == "muon" and (accelerator.is_fsdp2 or accelerator.scaler is not None):
-        raise UserError("--optimizer muon needs whole matrices and gradients as they are: neither FSDP nor fp16")
+    if arguments.optim == "muon" and (accelerator.is_fsdp2 or accelerator.scaler is not None):
+        raise UserError("--optim muon needs whole matrices and gradients as they are: neither FSDP nor fp16")
     optimizers, schedulers = make_optimizers(model, arguments, max_steps)
     wrapped, *prepared = accelerator.prepare(model, *optimizers, *schedulers)
     optimizers, schedulers = prepared[: len(optimizers)], prepared[len(optimizers) :]

@@ -568,7 +568,8 @@ def test_the_loss_with_a_teacher_is_what_it_says(trained):
     student = AutoModelForSequenceClassification.from_config(config).eval()
     ids = torch.tensor([[0, 7, 8, 9, 2], [0, 11, 2, 1, 1]])
     batch = {"input_ids": ids, "attention_mask": (ids != 1).long(), "labels": torch.tensor([0, 1])}
-    loaded = load_classifier_teacher(str(trained), student, 32, 0.5, 3.0, False)
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    loaded = load_classifier_teacher(str(trained), student, tokenizer, 32, 0.5, 3.0, False)
     with torch.no_grad():
         ours = student(**batch, output_hidden_states=True)
         theirs = teacher(**{**batch, "labels": None}, output_hidden_states=True)
@@ -576,10 +577,30 @@ def test_the_loss_with_a_teacher_is_what_it_says(trained):
     for row in range(2):
         p, q = theirs.logits[row].flip(0).softmax(-1), ours.logits[row].softmax(-1)
         expected += 0.5 * sum(p[c].item() * math.log(p[c] / q[c]) for c in range(2)) / 2
-    real = batch["attention_mask"].bool()
     for left, right in zip(ours.hidden_states[1:], theirs.hidden_states[1:], strict=True):
-        expected += 3 * ((left - right)[real].square().sum() / right[real].square().sum()).item() / 2
-    assert finetune.loss_of(student, batch, 0.0, loaded).item() == pytest.approx(expected, rel=1e-5)
+        for row, length in enumerate(batch["attention_mask"].sum(dim=1)):
+            a, b = left[row, :length], right[row, :length]
+            expected += 3 * ((a - b).square().sum() / b.square().sum()).item() / 4
+    loss = finetune.loss_of(student, batch, 0.0, loaded).item()
+    assert loss == pytest.approx(expected, rel=1e-5)
+    # A batch may be divided.
+    rows = [{name: values[row : row + 1] for name, values in batch.items()} for row in range(2)]
+    assert sum(finetune.loss_of(student, row, 0.0, loaded).item() for row in rows) / 2 == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_teacher_of_several_labels_has_a_probability_for_each(trained, tmp_path):
+    # Of a model that does not say so, its student does.
+    teacher = AutoModelForSequenceClassification.from_pretrained(trained, problem_type=None).eval()
+    teacher.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    tokenizer.save_pretrained(tmp_path)
+    student = AutoModelForSequenceClassification.from_pretrained(trained, problem_type="multi_label_classification")
+    loaded = load_classifier_teacher(str(tmp_path), student, tokenizer, 32, 2.0, 0.0, False)
+    batch = {"input_ids": torch.tensor([[0, 7, 8, 2]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    with torch.no_grad():
+        ours, theirs = student.eval()(**batch), teacher(**batch)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(ours.logits, theirs.logits.sigmoid())
+    assert loaded.disagreement(ours, batch).item() == pytest.approx(2 * expected.item(), rel=1e-5)
 
 
 def test_a_teacher_that_does_not_fit_is_refused(options, trained, folder, tmp_path):
@@ -590,7 +611,15 @@ def test_a_teacher_that_does_not_fit_is_refused(options, trained, folder, tmp_pa
     other = tmp_path / "other.csv"
     pd.read_csv(folder / "train.csv").replace({"label": {"warm": "hot"}}).to_csv(other, index=False)
     refused("knows the labels .*'warm'.*the data have .*'hot'", "--train_file", other, "--validation_file", other)
-    refused("has a vocabulary of 400, and the model 410", "--config_overrides", "vocab_size=410")
+    foreign = shutil.copytree(trained, tmp_path / "foreign", ignore=shutil.ignore_patterns("checkpoint-*"))
+    tokenizer = json.loads((foreign / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (foreign / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refused("has another tokenizer than the model", teacher=foreign)
+    refused("are 0: nothing is learned from the teacher", "--logits_weight", 0)
+    with pytest.raises(UserError, match="--hidden_states_weight learns from a teacher"):
+        finetune.main(options("--hidden_states_weight", 1))
     refused(
         "reads 32 tokens and the model 64; give --max_length 32", "--config_overrides", "max_position_embeddings=64"
     )
@@ -599,6 +628,7 @@ def test_a_teacher_that_does_not_fit_is_refused(options, trained, folder, tmp_pa
     refused("--logits_weight must not be negative, and is -1", "--logits_weight", -1)
     refused("cannot load the teacher .*nowhere", teacher=tmp_path / "nowhere")
     AutoModelForSequenceClassification.from_pretrained(trained).linformer.save_pretrained(tmp_path / "headless")
+    AutoTokenizer.from_pretrained(trained).save_pretrained(tmp_path / "headless")
     refused("is no trained classifier: .* weights are missing", teacher=tmp_path / "headless")
 
 
@@ -618,12 +648,12 @@ def test_each_layer_learns_at_a_share_of_the_rate_of_the_one_above(folder, model
         assert rates[id(parameter)] == pytest.approx(expected), name
     (plain,), _ = training.make_optimizers(model, training.TrainingArguments("nowhere"), max_steps=10)
     assert len(plain.param_groups) == 2
-    muon = training.TrainingArguments("nowhere", optimizer="muon", weight_decay=0.1)
+    muon = training.TrainingArguments("nowhere", optim="muon", weight_decay=0.1)
     (adamw, muon), schedulers = training.make_optimizers(model, muon, max_steps=10)
     assert len(schedulers) == 2
     names = {parameter: name for name, parameter in model.named_parameters()}
     of_muon = [names[parameter] for group in muon.param_groups for parameter in group["params"]]
-    assert of_muon and all(re.search(r"layers?\.\d.*weight$", name) for name in of_muon if "pooler" not in name)
+    assert len(of_muon) >= 12 and all(re.search(r"layers?\.\d.*weight$", name) for name in of_muon)
     of_adamw = [names[parameter] for group in adamw.param_groups for parameter in group["params"]]
     assert sorted(of_muon + of_adamw) == sorted(names.values())
     assert any("embeddings.weight" in name for name in of_adamw) and any("classifier" in name for name in of_adamw)
@@ -820,7 +850,7 @@ def interrupted(trained, tmp_path) -> Path:
 
 
 def test_both_optimizers_of_muon_resume_exactly(options, tmp_path):
-    muon = ("--optimizer", "muon", "--checkpointing_steps", "20")
+    muon = ("--optim", "muon", "--checkpointing_steps", "20")
     finetune.main(options(*muon, "--save_total_limit", 10, output="whole"))
     assert results(tmp_path / "whole")["eval_accuracy"] > 0.9
     checkpoint = tmp_path / "whole" / "checkpoint-20"

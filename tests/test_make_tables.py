@@ -106,19 +106,22 @@ def test_peers(forward):
 
 def test_cost_of_one_text(tmp_path):
     rows = [
-        cell("roberta_sdpa", 512, 0.8, memory=80),
+        cell("roberta_sdpa", 4096, 0.8, memory=80),
+        cell("mean_pool", 4096, 0.2, memory=20),
+        # Of a slower day, and alone: not beside those.
+        cell("longformer", 4096, 1.0, run_id="2"),
         cell("roberta_sdpa", 32768, 80.0, memory=1600),
-        cell("mean_pool", 512, 0.4, memory=40),
-        # Of another k, and of a length that is not shown.
+        # Of another k, of several texts, of a length that is not shown, not measured.
         cell("mean_pool", 32768, 4.0, k=256),
+        cell("mean_pool", 32768, 4.0, batch_size=2, run_id="3"),
         cell("longformer", 1024, 1.0),
-        cell("linformer_package", 512, None),
+        cell("linformer_package", 4096, None),
         cell("mean_pool", 65536, 9.0, num_hidden_layers=12),
     ]
     lines = cost_table(written(rows, tmp_path / "efficiency.csv"))
     assert cells_of(lines) == [
-        ["RoBERTa, full attention (SDPA): the twin", "0.1 s, 10 MiB", "–", "80 s, 1,600 MiB"],
-        ["this Linformer, 128 means alone", "0.05 s, 5 MiB", "–", "–"],
+        ["RoBERTa, full attention (SDPA): the twin", "0.8 s, 80 MiB", "–", "80 s, 1,600 MiB"],
+        ["this Linformer, 128 means alone", "0.2 s, 20 MiB", "–", "–"],
     ]
     assert "3 layers" in lines[0] and "12 layers" not in "".join(lines)
 
@@ -333,7 +336,7 @@ def test_perplexities_beside_the_twin_of_the_same_optimizer():
         row |= {"parameters": "11800000", "learning_rate": "0.001", "validation_perplexity": str(perplexity)}
         return row | {"command": " ".join(["scripts/pretrain.py", model, *options])}
 
-    muon = ("--optimizer", "muon")
+    muon = ("--optim", "muon")
     rows = [pretrained("roberta", 600), pretrained("linformer", 540), pretrained("linformer", 360, *muon)]
     rows += [pretrained("roberta", 400, *muon)]
     lines = {(cells[2], cells[4]): cells[6:] for cells in cells_of(pretraining_table(rows))}

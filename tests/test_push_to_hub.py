@@ -86,6 +86,9 @@ SPOILT = {
     "auto_map .* must name classes": lambda folder: change_config(
         folder, auto_map={"AutoConfig": "you/code--configuration_linformer.LinformerConfig"}
     ),
+    r"auto_map in tokenizer_config\.json": lambda folder: (folder / "tokenizer_config.json").write_text(
+        '{"auto_map": {"AutoTokenizer": ["you/code--tokenization.Tokenizer", null]}}'
+    ),
     "architecture LinformerForOtherThings": lambda folder: change_config(
         folder, architectures=["LinformerForOtherThings"]
     ),
@@ -334,7 +337,9 @@ def test_what_the_folder_lacks_stays_unless_told_or_dangerous(hub, publish):
 def test_a_card_on_the_hub_is_not_replaced_by_a_written_one(hub, publish):
     publish("me/card", FILES)
     written = FILES | {"README.md": b"written from config.json"}
-    assert "no new commit" in publish("me/card", written, card_is_written=True)["said"]
+    for patterns in ([], ["*"]):
+        said = publish("me/card", written, card_is_written=True, delete_files=patterns)["said"]
+        assert "no new commit" in said and "stays as it is" in said
     assert hub.repository("me/card").head.files["README.md"] == FILES["README.md"]
 
 
