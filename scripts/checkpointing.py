@@ -129,12 +129,16 @@ def find_checkpoint(output_dir: Path, wanted: str | None, overwrite: bool) -> Pa
     return None
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, identity: dict[str, Any]) -> tuple[dict, dict]:
+def load_checkpoint(
+    accelerator: Accelerator, checkpoint: Path, identity: dict[str, Any], defaults: dict[str, Any]
+) -> tuple[dict, dict]:
     """Load all states; return the progress and where this process stands in its data.
 
-    Raises `UserError` if it was written by a run of another identity.
+    defaults: what options were, as good as, before there were any. Raises `UserError` if it was written by a run of
+    another identity.
     """
-    before = json.loads((checkpoint / "arguments.json").read_text())
+    before = {name: value for name, value in defaults.items() if name in identity}
+    before |= json.loads((checkpoint / "arguments.json").read_text())
     changed = [
         f"{name} was {before.get(name)} and is {identity.get(name)}"
         for name in sorted(before.keys() | identity.keys())

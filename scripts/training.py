@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -522,7 +522,8 @@ def train(
     optimizers, schedulers = prepared[: len(optimizers)], prepared[len(optimizers) :]
     progress = Progress()
     if checkpoint is not None:
-        loaded, data_state = load_checkpoint(accelerator, checkpoint, identity)
+        defaults = {option.name: option.default for option in fields(arguments)}
+        loaded, data_state = load_checkpoint(accelerator, checkpoint, identity, defaults)
         progress = Progress(**loaded)
         data.load_state_dict(data_state)
         accelerator.print(f"resumed from {checkpoint}")

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import gzip
+import hashlib
 import json
 import math
 import multiprocessing
@@ -887,6 +888,20 @@ def test_resuming_with_nothing_there_starts_from_the_beginning(options, tmp_path
 def test_resuming_as_another_run_is_refused(options, interrupted):
     with pytest.raises(UserError, match="learning_rate was 0.01 and is 0.001; num_train_epochs was 4 and is 5"):
         finetune.main(options("--resume_from_checkpoint", "last", "--learning_rate", "1e-3", "--num_train_epochs", 5))
+
+
+def test_a_checkpoint_older_than_an_option_is_gone_on_with(options, interrupted, trained):
+    checkpoint = interrupted / "checkpoint-46"
+    arguments = json.loads((checkpoint / "arguments.json").read_text())
+    del arguments["optim"], arguments["logits_weight"]
+    (checkpoint / "arguments.json").write_text(json.dumps(arguments))
+    sums = json.loads((checkpoint / "checksums.json").read_text())
+    sums["arguments.json"] = hashlib.sha256((checkpoint / "arguments.json").read_bytes()).hexdigest()
+    (checkpoint / "checksums.json").write_text(json.dumps(sums))
+    with pytest.raises(UserError, match="with other arguments: optim was adamw and is muon$"):
+        finetune.main(options("--resume_from_checkpoint", "last", "--optim", "muon"))
+    finetune.main(options("--resume_from_checkpoint", "last"))
+    assert same_weights(interrupted, trained)
 
 
 def test_a_checkpoint_of_elsewhere_or_damaged_is_refused(options, trained, interrupted, tmp_path):
