@@ -25,7 +25,7 @@ SIZES = {
     "intermediate_size": 16,
     "initializer_range": 0.5,
 }
-WORDS = (ROOT / "README.md").read_text(encoding="utf-8").split()
+WORDS = (ROOT / "LICENSE").read_text(encoding="utf-8").split()
 
 
 def save(model, folder: Path) -> Path:
@@ -179,7 +179,7 @@ def test_rows_of_results(bert, linformer, documents, tmp_path):
     whole = run(ours, documents, results, "--run_name", "ours", "--data_name", "parts")
     assert whole["documents"] == "8" and whole["max_length"] == "200" and whole["method"] == "truncate"
     assert (whole["model_type"], whole["projected_length"], whole["local_window"]) == ("linformer", "8", "4")
-    assert whole["tokens"] == whole["tokens_read"] and float(whole["tokens"]) > 60
+    assert whole["tokens"] == whole["tokens_read"] and float(whole["tokens"]) > 30
     assert 1 / 8 <= float(whole["mrr"]) <= 1 and float(whole["seconds_per_document"]) > 0
 
     # Windows that hold a whole half are no windows.

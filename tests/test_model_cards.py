@@ -230,7 +230,8 @@ def test_a_changed_result_is_noticed(place):
     assert "123.4" in place.run()
     place.run("--check", "true")
     # A row that joins those that are selected.
-    file.write_text(file.read_text() + file.read_text().splitlines()[-1].replace("6100", "2000") + "\n")
+    selected = next(line for line in reversed(rows.splitlines()) if ",6100," in line)
+    file.write_text(file.read_text() + selected.replace("6100", "2000") + "\n")
     with pytest.raises(UserError, match="out of date"):
         place.run("--check", "true")
 
