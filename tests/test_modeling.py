@@ -240,7 +240,16 @@ def test_without_pads_attention_gets_no_mask(kind, monkeypatch):
     assert len(masks) == 4 * 3 * 2 and all(mask is None for mask in masks)
 
 
-@pytest.mark.parametrize("settings", core_variants(), ids=variant_id)
+# To compile takes half a minute. A fixed E goes the way of a learned one, and a window is the same beside all slots.
+COMPILED = [
+    settings
+    for settings in core_variants()
+    if settings["projection_type"] == "mean_pool"
+    or not (settings["local_window"] or settings["projection_type"] == "random")
+]
+
+
+@pytest.mark.parametrize("settings", COMPILED, ids=variant_id)
 def test_compiles_without_graph_breaks(settings):
     torch._dynamo.reset()
     model = build(LinformerForMaskedLM, dtype=torch.float64, **settings)
