@@ -253,7 +253,9 @@ COMPILED = [
 def test_compiles_without_graph_breaks(settings):
     torch._dynamo.reset()
     model = build(LinformerForMaskedLM, dtype=torch.float64, **settings)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    # A graph break shows in Dynamo, where "eager" stops; what comes after it takes as long again: once is enough.
+    is_default = settings["local_window"] and settings.get("projected_length") is None
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if is_default else "eager")
     for lengths, N in (((17, 4), 19), ((5, 2, 1), 5), ((37, 30), 37)):
         input_ids, mask = padded_batch(lengths, N)
         for given_mask in (mask, None):
