@@ -99,6 +99,9 @@ class PretrainingArguments:
         default=1000, metadata={"help": "With --streaming: blocks are shuffled among so many that follow each other."}
     )
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are to be predicted."})
+    eval_mlm_probability: float = field(
+        default=0.15, metadata={"help": "The same of held-out text: perplexities compare where it is one and the same."}
+    )
     validation_file: list[str] | None = field(default=None, metadata={"help": "Held-out text to evaluate on."})
     validation_split: str | None = field(
         default=None, metadata={"help": "Instead of a file: a split of --dataset_name."}
@@ -142,7 +145,7 @@ class LoopArguments(TrainingArguments):
 
 # What a results file says of a model.
 DESCRIBED_KEYS: tuple[str, ...] = ("projection_type", "projection_sharing", "projection_init", "projected_length")
-DESCRIBED_KEYS += ("local_window", "exact_short_sequences", "max_position_embeddings")
+DESCRIBED_KEYS += ("local_window", "local_position_bias", "exact_short_sequences", "max_position_embeddings")
 
 
 def load_model(arguments: PretrainedArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -280,7 +283,7 @@ def evaluate_model(accelerator: Accelerator, model: nn.Module, loader: DataLoade
     model.train()
     all_sums, all_counts = (torch.cat(values).sum() for values in zip(*parts))
     if not all_counts:
-        raise UserError("no held-out token is masked: raise --mlm_probability or give more held-out text")
+        raise UserError("no held-out token is masked: raise --eval_mlm_probability or give more held-out text")
     loss = float(all_sums / all_counts)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
@@ -309,8 +312,9 @@ def tokens_per_second_at_peak(accelerator: Accelerator, model: nn.Module, batch:
 
 def check_arguments(arguments: PretrainingArguments, loop: LoopArguments) -> None:
     """Refuse numbers that cannot be meant."""
-    if not 0 < arguments.mlm_probability < 1:
-        raise UserError(f"--mlm_probability must lie between 0 and 1, and is {arguments.mlm_probability}")
+    for name in ("mlm_probability", "eval_mlm_probability"):
+        if not 0 < getattr(arguments, name) < 1:
+            raise UserError(f"--{name} must lie between 0 and 1, and is {getattr(arguments, name)}")
     for name, least in {"shuffle_window": 1, "max_eval_samples": 1, "dataloader_num_workers": 0}.items():
         if getattr(arguments, name) < least:
             raise UserError(f"--{name} must be at least {least}, and is {getattr(arguments, name)}")
@@ -357,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         DataLoader(
             chosen,
             loop.per_device_eval_batch_size,
-            collate_fn=MaskingCollator(tokenizer, arguments.mlm_probability, EVALUATION_SEED),
+            collate_fn=MaskingCollator(tokenizer, arguments.eval_mlm_probability, EVALUATION_SEED),
         )
     )
 

@@ -1,5 +1,6 @@
 """The table of results/pretraining.csv, for scripts/make_tables.py: perplexities beside the softmax twin's."""
 
+import shlex
 import statistics
 
 from make_tables import spread
@@ -27,32 +28,43 @@ def describe(row: Row) -> str:
         name += f", {row['projection_sharing']}"
     if row["projection_init"] == "segment_mean":
         name += ", from segment means"
-    return f"{name}, k = {row['projected_length']}" + (
-        f", w = {row['local_window']}" if int(row["local_window"]) else ""
-    )
+    if int(row["projected_length"]) >= int(row["max_length"]) and row["projection_type"] == "mean_pool":
+        name = "softmax"
+    else:
+        name += f", k = {row['projected_length']}"
+    name += f", w = {row['local_window']}" if int(row["local_window"]) else ""
+    return name + (", position bias" if row["local_position_bias"] == "True" else "")
 
 
-def optimizer_of(row: Row) -> str:
-    """The optimizer and its highest learning rate; nothing of what was not trained."""
+def option_of(row: Row, name: str) -> str | None:
+    """What the row's command gives as an option, None where it gives none."""
+    words = shlex.split(row["command"])
+    return words[words.index(name) + 1] if name in words else None
+
+
+def recipe_of(row: Row) -> str:
+    """The optimizer, its highest learning rate and what is masked; nothing of what was not trained."""
     if not row["learning_rate"]:
         return ""
-    return f"{'Muon' if '--optim muon' in row['command'] else 'AdamW'}, {row['learning_rate']}"
+    optimizer = "Muon" if option_of(row, "--optim") == "muon" else "AdamW"
+    masked = float(option_of(row, "--mlm_probability") or 0.15)
+    return f"{optimizer}, {row['learning_rate']}, {masked:.0%}"
 
 
 def pretraining_table(rows: list[Row]) -> list[str]:
     """A line for each model, length and number of tokens, its seeds together, beside the same seeds of the twin."""
     groups: dict[tuple[str, str, str, str], dict[str, Row]] = {}
     for row in last_rows(rows):
-        key = (row["max_length"], row["step"], optimizer_of(row), describe(row))
+        key = (row["max_length"], row["step"], recipe_of(row), describe(row))
         groups.setdefault(key, {})[row["seed"]] = row
     twins = {key[:3]: group for key, group in groups.items() if key[3].startswith("RoBERTa")}
-    header = ["n", "tokens", "model", "parameters", "optimizer, rate", "seeds", "perplexity", "beside the twin"]
+    header = ["n", "tokens", "model", "parameters", "optimizer, rate, masked", "seeds", "perplexity", "beside the twin"]
     lines = [header, ["---"] * len(header)]
-    for (length, step, optimizer, name), group in sorted(
+    for (length, step, recipe, name), group in sorted(
         groups.items(), key=lambda item: (int(item[0][0]), int(item[0][1]))
     ):
         one = next(iter(group.values()))
-        twin = twins.get((length, step, optimizer), {})
+        twin = twins.get((length, step, recipe), {})
         ratios = [
             float(row["validation_perplexity"]) / float(twin[seed]["validation_perplexity"]) - 1
             for seed, row in group.items()
@@ -64,7 +76,7 @@ def pretraining_table(rows: list[Row]) -> list[str]:
                 f"{int(one['tokens']) / 1e6:.1f} M",
                 name,
                 f"{int(one['parameters']) / 1e6:.1f} M",
-                optimizer,
+                recipe,
                 str(len(group)),
                 spread([float(row["validation_perplexity"]) for row in group.values()], digits=1),
                 "" if group is twin or not ratios else f"{statistics.mean(ratios):+.1%}",

@@ -57,7 +57,7 @@ def attend(config, weights: dict[str, Tensor], layer: int, X: Tensor, positions:
         rows = []
         for rank in range(len(X)):
             exact = neighbourhood(config.local_window, rank, len(X))
-            keys, values, log_weights = [], [], []
+            keys, values, biases = [], [], []
             for slot, key, value in zip(slots, key_slots, value_slots):
                 members = slot["stands_for"]
                 if members is not None and set(members) <= set(exact):
@@ -65,13 +65,13 @@ def attend(config, weights: dict[str, Tensor], layer: int, X: Tensor, positions:
                 counts = config.local_window and config.projection_type in ("mean_pool", "max_pool")
                 keys.append(key)
                 values.append(value)
-                log_weights.append(math.log(len(members)) if counts else 0.0)
+                biases.append(X.new_tensor(math.log(len(members)) if counts else 0.0))
             for token in exact:
                 keys.append(XWk[token] + bk)
                 values.append(XWv[token] + bv)
-                log_weights.append(0.0)
-            scores = torch.stack([query[rank] @ key / math.sqrt(d) for key in keys])
-            probabilities = torch.softmax(scores + torch.tensor(log_weights, dtype=scores.dtype), dim=0)
+                biases.append(position_bias(config, weights, prefix, head, token, rank))
+            scores = torch.stack([query[rank] @ key / math.sqrt(d) + bias for key, bias in zip(keys, biases)])
+            probabilities = torch.softmax(scores, dim=0)
             rows.append(sum(p * value for p, value in zip(probabilities, values)))
         heads.append(torch.stack(rows))
     return linear(weights, f"{prefix}.output", torch.cat(heads, dim=-1))
@@ -83,6 +83,14 @@ def neighbourhood(window: int, rank: int, length: int) -> list[int]:
         return []
     block = rank // window
     return [token for token in range(length) if token == 0 or abs(token // window - block) <= 1]
+
+
+def position_bias(config, weights: dict[str, Tensor], prefix: str, head: int, token: int, rank: int) -> Tensor:
+    """What the token's score gains by its offset from the query; the first token, seen from everywhere, gains nothing."""
+    if not config.local_position_bias or token == 0:
+        return torch.tensor(0.0)
+    farthest = 2 * config.local_window - 1
+    return 64 * weights[f"{prefix}.position_bias.weight"][head, farthest + token - rank]
 
 
 def describe_slots(config, weights, layer: int, head: int, length: int, positions: list[int]) -> list[dict]:

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from hf_linformer import LinformerConfig, LinformerForSequenceClassification
+from hf_linformer.modeling_linformer import LinformerPositionBias
 
 
 TYPES = ("linear", "random", "mean_pool", "max_pool", "convolution")
@@ -65,6 +66,8 @@ def move_biases_and_norms(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "norm" in name.lower():
             parameter.add_(0.3 * torch.randn_like(parameter))
+        elif "position_bias" in name:
+            parameter.add_(torch.randn_like(parameter) / LinformerPositionBias.gain)
 
 
 def variants(windows=(0, 3)) -> list[dict]:
@@ -83,6 +86,8 @@ def variants(windows=(0, 3)) -> list[dict]:
         for sharing in ("none", "layerwise")
         for window in windows
     ]
+    bias = {"local_window": 3, "local_position_bias": True}
+    settings += [bias | {"projection_type": kind} for kind in ("linear", "mean_pool")]
     by_layer, by_head = [7, 4], [[5, 3, 7, 4], [6, 6, 6, 6]]
     for window in windows:
         settings += [
@@ -111,6 +116,7 @@ def core_variants() -> list[dict]:
     settings += [by_head | {"projection_type": kind, "local_window": 3} for kind in ("convolution", "mean_pool")]
     exact = {"projection_sharing": "headwise", "exact_short_sequences": True}
     settings += [{"projection_type": "mean_pool", "local_window": w, "slot_projections": True} for w in (0, 3)]
+    settings += [{"projection_type": "mean_pool", "local_window": 3, "local_position_bias": True}]
     return settings + [exact | {"projection_type": "linear", "local_window": window} for window in (0, 3)]
 
 
@@ -120,6 +126,7 @@ def variant_id(settings: dict) -> str:
     exact = "-exact" if settings.get("exact_short_sequences") else ""
     sharing = settings.get("projection_sharing", "layerwise")
     own = "-slot_projections" if settings.get("slot_projections") else ""
+    own += "-position_bias" if settings.get("local_position_bias") else ""
     return f"{settings.get('projection_type', 'linear')}-{sharing}-w{settings.get('local_window', 0)}{by}{exact}{own}"
 
 
