@@ -13,7 +13,7 @@ from pathlib import Path
 from common import ROOT, UserError, parse_arguments, run_main
 from figures import pyplot, save_figure
 from make_tables import read_rows
-from pretraining_table import Row, describe, optimizer_of
+from pretraining_table import Row, describe, recipe_of
 
 
 @dataclass
@@ -38,7 +38,7 @@ def curves(rows: list[Row]) -> dict[Panel, dict[str, dict[int, float]]]:
     for row in rows:
         if not row["learning_rate"]:
             continue
-        where = int(row["max_length"]), last_step[row["command"]], optimizer_of(row)
+        where = int(row["max_length"]), last_step[row["command"]], recipe_of(row)
         panel = values.setdefault(where, {})
         points = panel.setdefault(describe(row), {})
         points.setdefault(int(row["tokens"]), []).append(float(row["validation_perplexity"]))

@@ -33,7 +33,7 @@ def describe(row: Row) -> str:
     else:
         name += f", k = {row['projected_length']}"
     name += f", w = {row['local_window']}" if int(row["local_window"]) else ""
-    return name + (", position bias" if row["local_position_bias"] == "True" else "")
+    return name + (", position bias" if row.get("local_position_bias") == "True" else "")
 
 
 def option_of(row: Row, name: str) -> str | None:

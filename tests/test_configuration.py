@@ -46,6 +46,7 @@ ROOT = Path(__file__).parents[1]
         ({"classifier_pooling": "max"}, "mean"),
         ({"classifier_activation": "glue"}, "classifier_activation.*'tanh'"),
         ({"embedding_size": 0}, "`embedding_size` must be at least 1"),
+        ({"local_position_bias": True}, "needs a `local_window`"),
         ({"slot_projections": True}, "needs `projection_type='mean_pool'` .not 'linear'"),
         (
             {

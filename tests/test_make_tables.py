@@ -329,21 +329,24 @@ def test_the_downstream_figure_shows_what_has_a_twin(downstream, tmp_path):
 # Pretraining
 
 
-def test_perplexities_beside_the_twin_of_the_same_optimizer():
-    def pretrained(model: str, perplexity: float, *options: str) -> dict[str, str]:
+def test_perplexities_beside_the_twin_of_the_same_recipe():
+    def pretrained(model: str, perplexity: float, *options: str, **changes: str) -> dict[str, str]:
         row = {"model": model, "projection_type": "mean_pool", "projection_init": "normal", "projected_length": "128"}
         row |= {"local_window": "32", "max_length": "512", "tokens": "8192000", "step": "2000", "seed": "1"}
         row |= {"parameters": "11800000", "learning_rate": "0.001", "validation_perplexity": str(perplexity)}
-        return row | {"command": " ".join(["scripts/pretrain.py", model, *options])}
+        return row | {"command": " ".join(["scripts/pretrain.py", model, *options, *changes.values()])} | changes
 
-    muon = ("--optim", "muon")
+    muon = ("--optim", "muon", "--mlm_probability", "0.3")
     rows = [pretrained("roberta", 600), pretrained("linformer", 540), pretrained("linformer", 360, *muon)]
-    rows += [pretrained("roberta", 400, *muon)]
+    rows += [pretrained("roberta", 400, *muon), pretrained("linformer", 100, *muon, local_position_bias="True")]
+    rows += [pretrained("linformer", 110, *muon, local_position_bias="True", projected_length="512")]
     lines = {(cells[2], cells[4]): cells[6:] for cells in cells_of(pretraining_table(rows))}
     ours, twin = "mean_pool, k = 128, w = 32", "RoBERTa, the softmax twin"
     assert lines == {
-        (twin, "AdamW, 0.001"): ["600.0", ""],
-        (ours, "AdamW, 0.001"): ["540.0", "-10.0%"],
-        (twin, "Muon, 0.001"): ["400.0", ""],
-        (ours, "Muon, 0.001"): ["360.0", "-10.0%"],
+        (twin, "AdamW, 0.001, 15%"): ["600.0", ""],
+        (ours, "AdamW, 0.001, 15%"): ["540.0", "-10.0%"],
+        (twin, "Muon, 0.001, 30%"): ["400.0", ""],
+        (ours, "Muon, 0.001, 30%"): ["360.0", "-10.0%"],
+        (f"{ours}, position bias", "Muon, 0.001, 30%"): ["100.0", "-75.0%"],
+        ("softmax, w = 32, position bias", "Muon, 0.001, 30%"): ["110.0", "-72.5%"],
     }
