@@ -223,8 +223,8 @@ class LinformerConfig(PreTrainedConfig):
             )
         if self.local_position_bias and not self.local_window:
             raise ValueError(
-                "`local_position_bias=True` needs a `local_window`: without one no token is seen by itself, and what is "
-                "pooled has no distance. Give a window, such as 32, or leave the bias out."
+                "`local_position_bias=True` needs a `local_window`: without one no token is seen by itself, and "
+                "slots have no distance. Give a window, such as 32, or leave the bias out."
             )
         if self.inference_chunk_size is not None and self.inference_chunk_size < 0:
             raise ValueError(

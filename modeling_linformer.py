@@ -458,7 +458,7 @@ class LinformerPositionBias(nn.Module):
     """
 
     # Scores differ by whole numbers where weights differ by hundredths: so learned, b keeps pace with the weights.
-    gain = 64
+    gain: int = 64
 
     def __init__(self, config: LinformerConfig):
         super().__init__()

@@ -100,7 +100,7 @@ class PretrainingArguments:
     )
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are to be predicted."})
     eval_mlm_probability: float = field(
-        default=0.15, metadata={"help": "The same of held-out text: perplexities compare where it is one and the same."}
+        default=0.15, metadata={"help": "The same of held-out text; perplexities compare where it is the same."}
     )
     validation_file: list[str] | None = field(default=None, metadata={"help": "Held-out text to evaluate on."})
     validation_split: str | None = field(

@@ -58,7 +58,8 @@ def pretraining_table(rows: list[Row]) -> list[str]:
         key = (row["max_length"], row["step"], recipe_of(row), describe(row))
         groups.setdefault(key, {})[row["seed"]] = row
     twins = {key[:3]: group for key, group in groups.items() if key[3].startswith("RoBERTa")}
-    header = ["n", "tokens", "model", "parameters", "optimizer, rate, masked", "seeds", "perplexity", "beside the twin"]
+    header = ["n", "tokens", "model", "parameters", "optimizer, rate, masked", "seeds", "perplexity"]
+    header.append("beside the twin")
     lines = [header, ["---"] * len(header)]
     for (length, step, recipe, name), group in sorted(
         groups.items(), key=lambda item: (int(item[0][0]), int(item[0][1]))

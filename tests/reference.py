@@ -86,7 +86,7 @@ def neighbourhood(window: int, rank: int, length: int) -> list[int]:
 
 
 def position_bias(config, weights: dict[str, Tensor], prefix: str, head: int, token: int, rank: int) -> Tensor:
-    """What the token's score gains by its offset from the query; the first token, seen from everywhere, gains nothing."""
+    """What the token's score gains by its offset from the query. The first token, always seen, gains nothing."""
     if not config.local_position_bias or token == 0:
         return torch.tensor(0.0)
     farthest = 2 * config.local_window - 1

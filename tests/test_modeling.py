@@ -244,9 +244,30 @@ def test_without_pads_attention_gets_no_mask(kind, monkeypatch):
 COMPILED = [
     settings
     for settings in core_variants()
-    if (settings["projection_type"], settings["local_window"]) in (("linear", 0), ("convolution", 0), ("mean_pool", 3))
-    and not settings.get("slot_projections")
+    if (settings["projection_type"], settings["local_window"]) in (("linear", 0), ("convolution", 0))
+    or settings.get("local_position_bias")
+    or (settings["projection_type"] == "mean_pool" and "projected_length" in settings)
 ]
+
+
+def test_a_position_bias_begins_as_nothing_and_learns(tmp_path):
+    """A checkpoint made without one, converted or trained, loads with one and gives the same numbers."""
+    model = build(LinformerForMaskedLM, projection_type="mean_pool", local_window=3)
+    model.save_pretrained(tmp_path)
+    with_bias, report = LinformerForMaskedLM.from_pretrained(
+        tmp_path, local_position_bias=True, output_loading_info=True
+    )
+    names = {f"linformer.layers.{layer}.attention.position_bias.weight" for layer in range(2)}
+    assert report["missing_keys"] == names
+    input_ids, mask = padded_batch((17, 4), 19)
+    outputs = with_bias.eval()(input_ids, attention_mask=mask, labels=input_ids)
+    assert torch.equal(outputs.logits, model(input_ids, attention_mask=mask).logits)
+
+    outputs.loss.backward()
+    for layer in with_bias.linformer.layers:
+        # 17 tokens make 6 blocks, in which all 11 offsets are seen, from 5 before to 5 behind.
+        gradient = layer.attention.position_bias.weight.grad
+        assert gradient.shape == (4, 11) and (gradient != 0).all()
 
 
 @pytest.mark.parametrize("settings", COMPILED, ids=variant_id)
@@ -254,8 +275,8 @@ def test_compiles_without_graph_breaks(settings):
     torch._dynamo.reset()
     model = build(LinformerForMaskedLM, dtype=torch.float64, **settings)
     # A graph break shows in Dynamo, where "eager" stops; what comes after it takes as long again: once is enough.
-    is_default = settings["local_window"] and settings.get("projected_length") is None
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if is_default else "eager")
+    backend = "aot_eager" if settings.get("local_position_bias") else "eager"
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     for lengths, N in (((17, 4), 19), ((5, 2, 1), 5), ((37, 30), 37)):
         input_ids, mask = padded_batch(lengths, N)
         for given_mask in (mask, None):

@@ -85,6 +85,10 @@ class LinformerConfig(PreTrainedConfig):
         local_window (`int`, defaults to 0): w. A query also attends exactly to the tokens of its own block of w and
             of both neighbouring blocks, and to the first real token, in the same softmax as the k slots. 0 is the
             paper's Linformer. Adds no parameters: a checkpoint loads with any w.
+        local_position_bias (`bool`, defaults to `False`): Each layer learns, for every head, what a token of the
+            neighbourhood gains by its distance from the query and its side. For training from scratch, which it makes
+            many times faster. Zero at first, so that a checkpoint trained without it gives the same numbers with it.
+            Its shape is that of w.
         slot_projections (`bool`, defaults to `False`): Means of several tokens get keys and values by linear layers
             of their own, `slot_key` and `slot_value`. A text of up to k tokens has no such means, so that these can
             be trained on long texts while short ones stay as they are. For `mean_pool` with one k a layer.
@@ -132,6 +136,7 @@ class LinformerConfig(PreTrainedConfig):
     projection_init: Literal["normal", "segment_mean"] = "normal"
     exact_short_sequences: bool = False
     local_window: int = 0
+    local_position_bias: bool = False
     slot_projections: bool = False
     sparse_prediction: bool = False
     inference_chunk_size: int | None = None
@@ -215,6 +220,11 @@ class LinformerConfig(PreTrainedConfig):
         if not 0 <= self.local_window <= n:
             raise ValueError(
                 f"`local_window` ({self.local_window}) must lie between 0 (off) and `max_position_embeddings` ({n})."
+            )
+        if self.local_position_bias and not self.local_window:
+            raise ValueError(
+                "`local_position_bias=True` needs a `local_window`: without one no token is seen by itself, and "
+                "slots have no distance. Give a window, such as 32, or leave the bias out."
             )
         if self.inference_chunk_size is not None and self.inference_chunk_size < 0:
             raise ValueError(

@@ -24,7 +24,8 @@ What goes beyond the paper:
     among the real tokens. A row gives the same result alone, padded left or right, with holes, in any batch.
   - slots may be means or maxima of segments that follow the length of each row (`segment_bounds`); rows of up to k
     tokens then get exact softmax attention.
-  - `local_window`: in the same softmax a query also attends exactly to its neighbourhood (`attend_nearby`).
+  - `local_window`: in the same softmax a query also attends exactly to its neighbourhood (`attend_nearby`), and with
+    `local_position_bias` learns how far from it to look (`LinformerPositionBias`).
 
 Letters: B rows in the batch, N tokens in a row, n = max_position_embeddings, k slots (projected_length), H heads,
 d head size, D = H d hidden size, G = H if the heads have projections of their own and 1 if they share, w local window.
@@ -450,6 +451,29 @@ class LinformerProjection(nn.Module):
         return member / member.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
+class LinformerPositionBias(nn.Module):
+    """What a token's score gains by where it stands: a number for every head and offset (Raffel et al. 2020, 2.1).
+
+    A query at i that sees a token at j adds b[j - i] to q k / sqrt(d). All are zero at first: attention as without.
+    """
+
+    # Scores differ by whole numbers where weights differ by hundredths: so learned, b keeps pace with the weights.
+    gain: int = 64
+
+    def __init__(self, config: LinformerConfig):
+        super().__init__()
+        self.window = config.local_window
+        self.weight = nn.Parameter(torch.empty(config.num_attention_heads, 4 * self.window - 1))
+
+    def forward(self) -> Tensor:
+        """For the queries of a block, and the tokens of it and of those on either side: (H, 1, w, 3 w)"""
+        w, device = self.window, self.weight.device
+        query = torch.arange(w, 2 * w, device=device)[:, None]  # (w, 1), counted from the block before
+        token = torch.arange(3 * w, device=device)  # (3 w,)
+        offset = token - query  # (w, 3 w), from 1 - 2 w to 2 w - 1
+        return self.gain * self.weight[:, None, offset + 2 * w - 1]
+
+
 class LinformerSelfAttention(nn.Module):
     """Linear attention: N queries, k slots and, with `local_window`, an exact neighbourhood (Eq. 7)."""
 
@@ -471,6 +495,7 @@ class LinformerSelfAttention(nn.Module):
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
         self.slot_key = nn.Linear(config.hidden_size, config.hidden_size) if config.slot_projections else None
         self.slot_value = nn.Linear(config.hidden_size, config.hidden_size) if config.slot_projections else None
+        self.position_bias = LinformerPositionBias(config) if config.local_position_bias else None
         has_own_projection = not config.uses_pooling and config.projection_sharing != "layerwise"
         self.projection = LinformerProjection(config, self.slots_per_head) if has_own_projection else None
 
@@ -710,6 +735,8 @@ class LinformerSelfAttention(nn.Module):
         blocks = query.reshape(*query.shape[:2], M, w, self.head_dim)
         of_shared = torch.matmul(query, shared.key.transpose(2, 3)).reshape(*blocks.shape[:4], -1) + shared.bias
         of_tokens = torch.matmul(blocks, key.transpose(3, 4)) + shared.nearby_bias
+        if self.position_bias is not None:
+            of_tokens = of_tokens + self.position_bias().to(of_tokens.dtype)
         scores = torch.cat([of_shared, of_tokens], dim=-1)  # (B, H, M, w, k + 1 + 3 w)
         probabilities = functional.softmax(scores, dim=-1)
         probabilities = functional.dropout(
@@ -886,6 +913,8 @@ class LinformerPreTrainedModel(PreTrainedModel):
             for weight in (module.E, module.F):
                 if weight is not None:
                     self._init_projection(weight, module)
+        elif isinstance(module, LinformerPositionBias):
+            init.zeros_(module.weight)
 
     def _init_projection(self, weight: Tensor, module: LinformerProjection):
         slots = torch.tensor(module.slots_per_head)
