@@ -2,7 +2,7 @@
 
     python scripts/plot_pretraining.py       # results/pretraining.csv -> results/figures/pretraining.png
 
-Runs of one length, one number of steps, one optimizer and one learning rate are in one panel, seeds as their mean.
+Runs of one length, one number of steps and one recipe are in one panel, seeds as their mean.
 """
 
 import statistics
@@ -32,7 +32,7 @@ Panel = tuple[int, int, str]
 
 
 def curves(rows: list[Row]) -> dict[Panel, dict[str, dict[int, float]]]:
-    """By length, last step and optimizer: of each model the mean perplexity of its seeds by the tokens seen."""
+    """By length, last step and recipe: of each model the mean perplexity of its seeds by the tokens seen."""
     last_step = {row["command"]: int(row["step"]) for row in rows}
     values: dict[Panel, dict[str, dict[int, list[float]]]] = {}
     for row in rows:
@@ -52,19 +52,19 @@ def curves(rows: list[Row]) -> dict[Panel, dict[str, dict[int, float]]]:
 
 
 def draw(rows: list[Row]) -> pyplot.Figure:
-    """A panel for each length, number of steps and optimizer; the twin is dashed and black."""
+    """A panel for each length, number of steps and recipe; softmax attention is dashed and black."""
     panels = sorted(curves(rows).items())
     figure, axes = pyplot.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.5), squeeze=False)
-    for axis, ((length, _, optimizer), models) in zip(axes[0], panels):
+    for axis, ((length, _, recipe), models) in zip(axes[0], panels):
         for name, points in models.items():
-            style = {"color": "black", "linestyle": "--"} if name.startswith("RoBERTa") else {}
+            style = {"color": "black", "linestyle": "--"} if name.startswith(("RoBERTa", "softmax")) else {}
             axis.plot([tokens / 1e6 for tokens in points], list(points.values()), marker=".", label=name, **style)
         for row in rows:
             # Token frequencies, which nothing has to train.
             if not row["learning_rate"] and int(row["max_length"]) == length:
                 axis.axhline(float(row["validation_perplexity"]), color="gray", linestyle=":", label=row["model"])
         axis.set(xlabel="million tokens seen", ylabel="perplexity on held-out books", yscale="log")
-        axis.set_title(f"n = {length:,}, {optimizer}")
+        axis.set_title(f"n = {length:,}, {recipe}")
         for of_ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
             of_ticks("{x:,.0f}")
         axis.grid(True, which="both", alpha=0.3)

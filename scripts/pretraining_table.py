@@ -7,6 +7,8 @@ from make_tables import spread
 
 
 Row = dict[str, str]
+# How the name of a model ends that learned where to look.
+BIAS = ", position bias"
 
 
 def last_rows(rows: list[Row]) -> list[Row]:
@@ -33,7 +35,11 @@ def describe(row: Row) -> str:
     else:
         name += f", k = {row['projected_length']}"
     name += f", w = {row['local_window']}" if int(row["local_window"]) else ""
-    return name + (", position bias" if row.get("local_position_bias") == "True" else "")
+    return name + (BIAS if row.get("local_position_bias") == "True" else "")
+
+
+def has_bias(name: str) -> bool:
+    return name.endswith(BIAS)
 
 
 def option_of(row: Row, name: str) -> str | None:
@@ -57,7 +63,12 @@ def pretraining_table(rows: list[Row]) -> list[str]:
     for row in last_rows(rows):
         key = (row["max_length"], row["step"], recipe_of(row), describe(row))
         groups.setdefault(key, {})[row["seed"]] = row
-    twins = {key[:3]: group for key, group in groups.items() if key[3].startswith("RoBERTa")}
+    # RoBERTa has no position bias: what has one is compared with softmax attention that has one too.
+    twins = {
+        (*key[:3], has_bias(key[3])): group
+        for key, group in groups.items()
+        if key[3].startswith("softmax" if has_bias(key[3]) else "RoBERTa")
+    }
     header = ["n", "tokens", "model", "parameters", "optimizer, rate, masked", "seeds", "perplexity"]
     header.append("beside the twin")
     lines = [header, ["---"] * len(header)]
@@ -65,7 +76,7 @@ def pretraining_table(rows: list[Row]) -> list[str]:
         groups.items(), key=lambda item: (int(item[0][0]), int(item[0][1]))
     ):
         one = next(iter(group.values()))
-        twin = twins.get((length, step, recipe), {})
+        twin = twins.get((length, step, recipe, has_bias(name)), {})
         ratios = [
             float(row["validation_perplexity"]) / float(twin[seed]["validation_perplexity"]) - 1
             for seed, row in group.items()
