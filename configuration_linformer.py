@@ -84,11 +84,11 @@ class LinformerConfig(PreTrainedConfig):
             types are exact on short rows by themselves.
         local_window (`int`, defaults to 0): w. A query also attends exactly to the tokens of its own block of w and
             of both neighbouring blocks, and to the first real token, in the same softmax as the k slots. 0 is the
-            paper's Linformer. Adds no parameters: a checkpoint loads with any w.
+            paper's Linformer. Adds no parameters by itself: a checkpoint loads with any w, but for the bias below.
         local_position_bias (`bool`, defaults to `False`): Each layer learns, for every head, what a token of the
-            neighbourhood gains by its distance from the query and its side. For training from scratch, which it makes
-            many times faster. Zero at first, so that a checkpoint trained without it gives the same numbers with it.
-            Its shape is that of w.
+            neighbourhood, other than the first, gains by its distance from the query and its side. For training from
+            scratch. Zero at first, so that `from_pretrained(..., local_position_bias=True)` changes no output of a
+            checkpoint without it. One with it keeps its w.
         slot_projections (`bool`, defaults to `False`): Means of several tokens get keys and values by linear layers
             of their own, `slot_key` and `slot_value`. A text of up to k tokens has no such means, so that these can
             be trained on long texts while short ones stay as they are. For `mean_pool` with one k a layer.
@@ -223,7 +223,7 @@ class LinformerConfig(PreTrainedConfig):
             )
         if self.local_position_bias and not self.local_window:
             raise ValueError(
-                "`local_position_bias=True` needs a `local_window`: without one no token is seen by itself, and "
+                "`local_position_bias=True` needs a `local_window`: without one no single token is seen, and "
                 "slots have no distance. Give a window, such as 32, or leave the bias out."
             )
         if self.inference_chunk_size is not None and self.inference_chunk_size < 0:

@@ -5,8 +5,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=mean_128_window_32_bias_quick
-MODELS=$name bash runs/pretraining_study.sh "${1:-../shared/data}" 1
-HF_HUB_OFFLINE=1 .venv/bin/python - "output/pretraining/$name-1-2000" checkpoints/linformer-small <<'PYTHON'
+run=output/pretraining/$name-1-2000
+# The study passes over a run whose row is in its CSV, and the weights may be gone.
+[[ -f $run/model.safetensors ]] ||
+    RESULTS=output/again.csv MODELS=$name STEPS=2000 bash runs/pretraining_study.sh "${1:-../shared/data}" 1
+HF_HUB_OFFLINE=1 .venv/bin/python - "$run" checkpoints/linformer-small <<'PYTHON'
 import json
 import sys
 from pathlib import Path
@@ -19,7 +22,9 @@ from hf_linformer import LinformerForMaskedLM
 source, folder = sys.argv[1:]
 LinformerForMaskedLM.from_pretrained(source, dtype=torch.float16).save_pretrained(folder)
 AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-# A small file, which is used in single precision.
-config = Path(folder, "config.json")
-config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
+# A small file, which is used in single precision; and dropout, of no use in one pass over much text, for tasks.
+path = Path(folder, "config.json")
+dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+config = json.loads(path.read_text()) | {"dtype": "float32", **dropout}
+path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 PYTHON

@@ -4,10 +4,10 @@
 # repeated, one that was killed goes on.
 #     bash runs/pretraining_study.sh FOLDER SEED...        # default ../shared/data 1
 # FOLDER has gutenberg/train.parquet and gutenberg/validation.parquet. STEPS=2000 is the number of steps of 4,096 tokens,
-# MODELS="twin linear_128" runs only these.
+# MODELS="twin linear_128" runs only these, RESULTS is another CSV.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-results=results/pretraining.csv
+results=${RESULTS:-results/pretraining.csv}
 data=${1:-../shared/data}
 seeds=${*:2}
 steps=${STEPS:-2000}
@@ -42,16 +42,18 @@ pretrain mean_64_window_32 projection_type=mean_pool,projected_length=64,local_w
 # With another optimizer: what is near in one may not be in the other.
 pretrain mean_128_window_32_muon projection_type=mean_pool,local_window=32 --optim muon --learning_rate 2e-3
 pretrain twin_muon "" --architecture roberta --optim muon --learning_rate 2e-3
-# What learns where to look passes the plateau that all of the above stay on. Softmax is it with a slot for every token.
+# Each head learns where to look. Softmax is the same with a slot for every token.
 learned_place="projection_type=mean_pool,local_window=32,local_position_bias=true"
 quick="--optim muon --learning_rate 2e-3 --mlm_probability 0.3"
 # shellcheck disable=SC2086
 {
     pretrain mean_128_window_32_bias_quick $learned_place $quick
     pretrain softmax_window_32_bias_quick $learned_place,projected_length=512 $quick
+    # Without the bias, and without the rest.
+    pretrain mean_128_window_32_quick projection_type=mean_pool,local_window=32 $quick
+    pretrain mean_128_window_32_bias $learned_place
+    pretrain softmax_window_32_bias $learned_place,projected_length=512
 }
-pretrain mean_128_window_32_bias $learned_place
-pretrain softmax_window_32_bias $learned_place,projected_length=512
 # A single slot tells a token next to nothing of its context: what is above this is what attention is worth.
 pretrain linear_1 projected_length=1
 pretrain linear_128_segments projection_init=segment_mean

@@ -80,13 +80,16 @@ def same_weights(
 
 
 def softmax_twin(model: LinformerForSequenceClassification) -> LinformerForSequenceClassification:
-    """The same weights with a slot for every token. A learned E, and linear layers for means, have no part in it."""
+    """The same weights with a slot for every token. A learned E, and linear layers for means, have no part in it.
+
+    A window then changes nothing, and costs; but it is where a position bias acts.
+    """
     return same_weights(
         model,
         "sdpa",
         projection_type="mean_pool",
         projected_length=model.config.max_position_embeddings,
-        local_window=0,
+        local_window=model.config.local_window if model.config.local_position_bias else 0,
         slot_projections=False,
         exact_short_sequences=False,
     )

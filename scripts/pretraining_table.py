@@ -1,5 +1,6 @@
 """The table of results/pretraining.csv, for scripts/make_tables.py: perplexities beside the softmax twin's."""
 
+import itertools
 import shlex
 import statistics
 
@@ -30,7 +31,7 @@ def describe(row: Row) -> str:
         name += f", {row['projection_sharing']}"
     if row["projection_init"] == "segment_mean":
         name += ", from segment means"
-    if int(row["projected_length"]) >= int(row["max_length"]) and row["projection_type"] == "mean_pool":
+    if row["projection_type"] == "mean_pool" and row["projected_length"] == row["max_length"]:
         name = "softmax"
     else:
         name += f", k = {row['projected_length']}"
@@ -43,9 +44,10 @@ def has_bias(name: str) -> bool:
 
 
 def option_of(row: Row, name: str) -> str | None:
-    """What the row's command gives as an option, None where it gives none."""
+    """What the row's command gives as an option, the last time that it does; None where it gives none."""
     words = shlex.split(row["command"])
-    return words[words.index(name) + 1] if name in words else None
+    given = [value for word, value in itertools.pairwise(words) if word == name]
+    return given[-1] if given else None
 
 
 def recipe_of(row: Row) -> str:

@@ -43,6 +43,11 @@ def twin_config(config: PreTrainedConfig) -> RobertaConfig:
     """
     if config.embedding_size not in (None, config.hidden_size):
         raise UserError(f"RoBERTa has no embedding_size, so there is no twin of a model with {config.embedding_size}")
+    if config.local_position_bias:
+        raise UserError(
+            "RoBERTa has no local_position_bias; the softmax twin of a model that has one is the same Linformer with "
+            f"--config_overrides projection_type=mean_pool,projected_length={config.max_position_embeddings}"
+        )
     twin = RobertaConfig(**{name: getattr(config, name) for name in SAME})
     # RoBERTa counts positions from pad_token_id + 1.
     twin.max_position_embeddings = config.max_position_embeddings + config.pad_token_id + 1

@@ -39,7 +39,9 @@ class Arguments:
     max_eval_samples: int = field(
         default=500, metadata={"help": "Evaluate on at most so many blocks, spread evenly over the held-out text."}
     )
-    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are to be predicted."})
+    mlm_probability: float = field(
+        default=0.15, metadata={"help": "Share of the tokens that are masked, as --eval_mlm_probability."}
+    )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
     seed: int = field(default=42, metadata={"help": "For the results; nothing is drawn by it."})
     run_name: str = field(default="unigram", metadata={"help": "The run's name in --results_file."})

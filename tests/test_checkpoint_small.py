@@ -47,7 +47,7 @@ def test_fills_masks_with_words_that_fit():
 
 @torch.no_grad()
 def test_predicts_words_of_speeches_by_their_order(model, tokenizer):
-    """Words of speeches, which it has not read, are likelier in their context than among its words in any order."""
+    """Words of speeches, which it has not read, are likelier in their context than with its words shuffled."""
     generator = torch.Generator().manual_seed(0)
     losses = {}
     texts = pd.read_parquet(SPEECHES)["text"][:8].tolist()

@@ -91,6 +91,7 @@ def test_attention_is_that_of_a_loop_over_pairs(w, text, tmp_path):
         {"projection_type": "convolution"},
         {"projection_type": "max_pool", "projection_sharing": "none", "projected_length": [[8, 5]]},
         {"slot_projections": True, "local_window": 3},
+        {"local_position_bias": True, "local_window": 3},
     ],
     ids=str,
 )

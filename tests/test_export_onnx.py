@@ -38,6 +38,7 @@ HEADS = {
     "multiple-choice": LinformerForMultipleChoice,
 }
 SETTINGS = [{"projection_type": kind, "local_window": window} for kind in TYPES for window in (0, 3)]
+SETTINGS += [{"projection_type": "mean_pool", "local_window": 3, "local_position_bias": True}]
 SETTINGS += [{"projection_type": "linear", "exact_short_sequences": True, "local_window": 3}]
 LABELS = ["canal", "rail", "space"]
 

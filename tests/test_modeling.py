@@ -240,16 +240,6 @@ def test_without_pads_attention_gets_no_mask(kind, monkeypatch):
     assert len(masks) == 4 * 3 * 2 and all(mask is None for mask in masks)
 
 
-# To compile takes half a minute; below, every way through the code is exported, which traces it as well.
-COMPILED = [
-    settings
-    for settings in core_variants()
-    if (settings["projection_type"], settings["local_window"]) in (("linear", 0), ("convolution", 0))
-    or settings.get("local_position_bias")
-    or (settings["projection_type"] == "mean_pool" and "projected_length" in settings)
-]
-
-
 def test_a_position_bias_begins_as_nothing_and_learns(tmp_path):
     """A checkpoint made without one, converted or trained, loads with one and gives the same numbers."""
     model = build(LinformerForMaskedLM, projection_type="mean_pool", local_window=3)
@@ -270,11 +260,21 @@ def test_a_position_bias_begins_as_nothing_and_learns(tmp_path):
         assert gradient.shape == (4, 11) and (gradient != 0).all()
 
 
+# To compile takes half a minute; below, every way through the code is exported, which traces it as well.
+COMPILED = [
+    settings
+    for settings in core_variants()
+    if (settings["projection_type"], settings["local_window"]) in (("linear", 0), ("convolution", 0))
+    or settings.get("local_position_bias")
+    or (settings["projection_type"] == "mean_pool" and "projected_length" in settings)
+]
+
+
 @pytest.mark.parametrize("settings", COMPILED, ids=variant_id)
 def test_compiles_without_graph_breaks(settings):
     torch._dynamo.reset()
     model = build(LinformerForMaskedLM, dtype=torch.float64, **settings)
-    # A graph break shows in Dynamo, where "eager" stops; what comes after it takes as long again: once is enough.
+    # A graph break shows in Dynamo, where "eager" stops; what comes after it takes as long again: one goes through it.
     backend = "aot_eager" if settings.get("local_position_bias") else "eager"
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     for lengths, N in (((17, 4), 19), ((5, 2, 1), 5), ((37, 30), 37)):
@@ -499,10 +499,16 @@ def test_layers_share_the_first_rows_of_one_E():
 
 
 def test_parameter_names_are_those_of_published_checkpoints():
-    names = set(build(LinformerForMaskedLM, projection_sharing="headwise", num_hidden_layers=1).state_dict())
+    changes = {
+        "projection_sharing": "headwise",
+        "num_hidden_layers": 1,
+        "local_window": 3,
+        "local_position_bias": True,
+    }
+    names = set(build(LinformerForMaskedLM, **changes).state_dict())
     linears = [f"attention.{name}" for name in ("query", "key", "value", "output")] + ["mlp.up", "mlp.down"]
     layer = [f"{name}.{kind}" for name in (*linears, "attention_norm", "mlp_norm") for kind in ("weight", "bias")]
-    layer += ["attention.projection.E", "attention.projection.F"]
+    layer += ["attention.projection.E", "attention.projection.F", "attention.position_bias.weight"]
     embeddings = [f"{name}_embeddings.weight" for name in ("word", "position", "token_type")]
     expected = {f"linformer.embeddings.{name}" for name in (*embeddings, "norm.weight", "norm.bias")}
     expected |= {f"linformer.layers.0.{name}" for name in layer}

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.xdist_group("package")
 ROOT = Path(__file__).parents[1]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 MODULES = ["__init__.py", "configuration_linformer.py", "modeling_linformer.py"]
-LARGE = {"checkpoints/linformer-all-MiniLM-L6-v2/model.safetensors", "tokenizer/tokenizer.json"}
+LARGE = {f"checkpoints/linformer-{name}/model.safetensors" for name in ("all-MiniLM-L6-v2", "small")}
+LARGE |= {"tokenizer/tokenizer.json", "checkpoints/linformer-small/tokenizer.json"}
 # What a file of a type that is no text begins with.
 BINARY = {".parquet": rb"PAR1", ".png": rb"\x89PNG\r\n", ".safetensors": rb'.{8}\{"'}
 TEXT = {"", ".cff", ".csv", ".in", ".json", ".md", ".py", ".sh", ".toml", ".txt", ".typed", ".yaml"}

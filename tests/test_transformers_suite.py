@@ -58,7 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Convolution": {"projection_type": "convolution"},
     "ConvolutionPerHead": {"projection_type": "convolution", "projection_sharing": "none"},
     "MeanPool": {"projection_type": "mean_pool"},
-    "MeanPoolWindow": {"projection_type": "mean_pool", "local_window": 4},
+    "MeanPoolWindow": {"projection_type": "mean_pool", "local_window": 4, "local_position_bias": True},
     "MaxPool": {"projection_type": "max_pool"},
 }
 

@@ -52,8 +52,7 @@ FROM_MODULES = set(
     functional.binary_cross_entropy_with_logits functional.cross_entropy functional.dropout functional.mse_loss
     functional.pad functional.softmax init.copy_ init.normal_ init.zeros_ math.inf nn.Buffer nn.Dropout nn.Embedding
     nn.LayerNorm nn.Linear nn.Module nn.ModuleList nn.Parameter torch.arange torch.as_tensor torch.bfloat16 torch.bool
-    torch.cat
-    torch.compiler.is_exporting torch.device torch.div torch.dtype torch.empty torch.empty_like torch.float16
+    torch.cat torch.compiler.is_exporting torch.device torch.div torch.dtype torch.empty torch.empty_like torch.float16
     torch.float32 torch.full torch.iinfo torch.is_grad_enabled torch.matmul torch.minimum torch.no_grad
     torch.promote_types torch.tanh torch.tensor torch.where torch.zeros_like
     """.split()

@@ -454,10 +454,11 @@ class LinformerProjection(nn.Module):
 class LinformerPositionBias(nn.Module):
     """What a token's score gains by where it stands: a number for every head and offset (Raffel et al. 2020, 2.1).
 
-    A query at i that sees a token at j adds b[j - i] to q k / sqrt(d). All are zero at first: attention as without.
+    A query at i that sees a token at j adds b[j - i] to q k / sqrt(d); i and j count real tokens. The slots and the
+    first token, which are seen from everywhere, gain nothing. All b are zero at first: attention as without.
     """
 
-    # Scores differ by whole numbers where weights differ by hundredths: so learned, b keeps pace with the weights.
+    # Adam moves a weight by hundredths while scores must move by whole numbers; the gain makes up for it.
     gain: int = 64
 
     def __init__(self, config: LinformerConfig):
