@@ -54,7 +54,7 @@ def curves(rows: list[Row]) -> dict[Panel, dict[str, dict[int, float]]]:
 def draw(rows: list[Row]) -> pyplot.Figure:
     """A panel for each length, number of steps and recipe; softmax attention is dashed and black."""
     panels = sorted(curves(rows).items())
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.5), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.5), squeeze=False, sharey=True)
     for axis, ((length, _, recipe), models) in zip(axes[0], panels):
         for name, points in models.items():
             style = {"color": "black", "linestyle": "--"} if name.startswith(("RoBERTa", "softmax")) else {}
