@@ -382,9 +382,9 @@ def make_optimizers(
         below = top - height_of(name, model.base_model_prefix, top - 1)
         learning_rate = arguments.learning_rate * arguments.layerwise_lr_decay**below
         # Biases and norms do not decay: the parameters that are vectors, and the bias of each offset.
-        decay = arguments.weight_decay if parameter.ndim >= 2 and "position_bias" not in name else 0.0
-        group = {"params": [], "lr": learning_rate, "weight_decay": decay}
-        where = (parameter in matrices, learning_rate, decay > 0)
+        decays = parameter.ndim >= 2 and "position_bias" not in name
+        group = {"params": [], "lr": learning_rate, "weight_decay": arguments.weight_decay if decays else 0.0}
+        where = (parameter in matrices, learning_rate, decays)
         groups.setdefault(where, group)["params"].append(parameter)
     by_adamw = [group for (is_muon, _, _), group in groups.items() if not is_muon]
     by_muon = [group for (is_muon, _, _), group in groups.items() if is_muon]

@@ -635,7 +635,8 @@ def test_a_teacher_that_does_not_fit_is_refused(options, trained, folder, tmp_pa
 
 @pytest.mark.parametrize("model_type", ["linformer", "bert", "distilbert"])
 def test_each_layer_learns_at_a_share_of_the_rate_of_the_one_above(folder, model_type):
-    sizes = {**SIZES, "num_labels": 2} | ({"projected_length": 8} if model_type == "linformer" else {})
+    of_linformer = {"projected_length": 8, "local_window": 4, "local_position_bias": True}
+    sizes = {**SIZES, "num_labels": 2} | (of_linformer if model_type == "linformer" else {})
     sizes |= {"n_layers": 2, "dim": 32, "n_heads": 2} if model_type == "distilbert" else {}
     config = AutoConfig.for_model(model_type, **sizes)
     model = AutoModelForSequenceClassification.from_config(config)
@@ -645,7 +646,8 @@ def test_each_layer_learns_at_a_share_of_the_rate_of_the_one_above(folder, model
     for name, parameter in model.named_parameters():
         layer = re.search(r"layers?\.(\d)\.", name)
         below = 2 - int(layer[1]) if layer else 3 if "embeddings" in name or "projection.E" in name else 0
-        expected = (1e-3 * 0.5**below, 0.1 if parameter.ndim >= 2 else 0.0)
+        decays = parameter.ndim >= 2 and not name.endswith("position_bias.weight")
+        expected = (1e-3 * 0.5**below, 0.1 if decays else 0.0)
         assert rates[id(parameter)] == pytest.approx(expected), name
     (plain,), _ = training.make_optimizers(model, training.TrainingArguments("nowhere"), max_steps=10)
     assert len(plain.param_groups) == 2
