@@ -47,6 +47,11 @@ grep -qsF -e "--hidden_size 256" "$results" || $python scripts/benchmark.py --le
     --dtype bfloat16 --hidden_size 256 --num_hidden_layers 4 --num_attention_heads 4 --intermediate_size 1024 \
     --models roberta_sdpa linear mean_pool mean_pool:local_window=32 --max_seconds 30 --device "$device" \
     --results_file "$results"
+# What the bias of the pretraining study costs.
+grep -qsF -e "local_position_bias" "$results" || $python scripts/benchmark.py --lengths 512 2048 --mode training \
+    --dtype bfloat16 --hidden_size 256 --num_hidden_layers 4 --num_attention_heads 4 --intermediate_size 1024 \
+    --models roberta_sdpa mean_pool:local_window=32 mean_pool:local_window=32,local_position_bias=true \
+    --max_seconds 15 --device "$device" --results_file "$results"
 # What torch.compile does.
 measure --lengths 4096 --dtype bfloat16 --models roberta_sdpa linear mean_pool roberta_sdpa:compile=true linear:compile=true \
     mean_pool:compile=true
