@@ -165,8 +165,10 @@ def load_model(
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"cannot load the model {name}, which may be incomplete: {one_line(error)}") from error
         # A new head is what fine-tuning is for; any other weight that is missing would silently be noise.
-        encoder = f"{model.base_model_prefix}."
-        if lost := [key for key in report["missing_keys"] if key.startswith(encoder) and ".pooler." not in key]:
+        # A bias by distance is new where the source has none, and begins as nothing.
+        encoder, is_new = f"{model.base_model_prefix}.", (".pooler.", ".position_bias.")
+        missing = [key for key in report["missing_keys"] if key.startswith(encoder)]
+        if lost := [key for key in missing if not any(part in key for part in is_new)]:
             raise UserError(f"the model {name} is incomplete: {len(lost)} weights are missing, such as {lost[0]}")
     if arguments.gradient_checkpointing:
         model.activation_checkpointing_enable()

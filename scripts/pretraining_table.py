@@ -39,8 +39,9 @@ def describe(row: Row) -> str:
     return name + (BIAS if row.get("local_position_bias") == "True" else "")
 
 
-def has_bias(name: str) -> bool:
-    return name.endswith(BIAS)
+def bias_of(name: str) -> str:
+    """What the name says of a position bias and the window that it reaches over; empty without one."""
+    return name[name.index(", w = ") :] if name.endswith(BIAS) else ""
 
 
 def option_of(row: Row, name: str) -> str | None:
@@ -67,9 +68,9 @@ def pretraining_table(rows: list[Row]) -> list[str]:
         groups.setdefault(key, {})[row["seed"]] = row
     # RoBERTa has no position bias: what has one is compared with softmax attention that has one too.
     twins = {
-        (*key[:3], has_bias(key[3])): group
+        (*key[:3], bias_of(key[3])): group
         for key, group in groups.items()
-        if key[3].startswith("softmax" if has_bias(key[3]) else "RoBERTa")
+        if key[3].startswith("softmax" if bias_of(key[3]) else "RoBERTa")
     }
     header = ["n", "tokens", "model", "parameters", "optimizer, rate, masked", "seeds", "perplexity"]
     header.append("beside the twin")
@@ -78,7 +79,7 @@ def pretraining_table(rows: list[Row]) -> list[str]:
         groups.items(), key=lambda item: (int(item[0][0]), int(item[0][1]))
     ):
         one = next(iter(group.values()))
-        twin = twins.get((length, step, recipe, has_bias(name)), {})
+        twin = twins.get((length, step, recipe, bias_of(name)), {})
         ratios = [
             float(row["validation_perplexity"]) / float(twin[seed]["validation_perplexity"]) - 1
             for seed, row in group.items()

@@ -1272,6 +1272,13 @@ def test_models_that_cannot_be_gone_on_with_are_refused(runs, trained):
         runs.pretrain("--model_name_or_path", runs.folder / "body", without=without)
 
 
+def test_a_model_without_a_position_bias_goes_on_with_one(runs, trained):
+    given = ["--config_overrides", "local_window=4,local_position_bias=true", "--max_train_steps", 2]
+    runs.pretrain("--model_name_or_path", trained["linear"], *given, without=("config_name",))
+    model = AutoModelForMaskedLM.from_pretrained(runs.folder / "out")
+    assert all((layer.attention.position_bias.weight != 0).any() for layer in model.linformer.layers)
+
+
 def test_a_model_that_is_there_is_not_overwritten(runs, whole):
     shutil.copytree(whole, runs.folder / "out")
     before = {path: path.read_bytes() for path in (runs.folder / "out").rglob("*") if path.is_file()}
