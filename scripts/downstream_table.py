@@ -7,15 +7,17 @@ from make_tables import keys_of_a_query, name_of, spread
 
 
 Row = dict[str, str]
-# A task: its name, and on how many rows models were trained and judged.
-Task = tuple[str, str, str]
+# A task: its name, on how many rows models were trained and judged, and what they were before that.
+Task = tuple[str, str, str, str]
 # A model: its name, keys a query and tokens read.
 Model = tuple[str, str, str]
 
 
 def task_of(row: Row) -> Task:
     name = row["task"] or Path(row["data"].split()[0]).parent.name
-    return name, row["training_rows"], row["evaluated_rows"]
+    # As runs/downstream_study.sh names them.
+    start = "novels" if "-small" in row["run_name"] else "all-MiniLM-L6-v2"
+    return name, row["training_rows"], row["evaluated_rows"], start
 
 
 def model_of(row: Row) -> Model:
@@ -53,32 +55,32 @@ def signed(values: Sequence[float]) -> str:
 
 def downstream_table(rows: Sequence[Row]) -> list[str]:
     """A line for each task and model, its seeds together, then the mean over tasks whose texts a model compresses."""
-    header = ["task", "trained on", "judged on", "model", "keys a query", "tokens read", "compressed texts"]
+    header = ["from", "task", "trained on", "judged on", "model", "keys a query", "tokens read", "compressed texts"]
     header += ["seeds", "score", "beside the twin"]
     lines = [header, ["---"] * len(header)]
-    compressing: dict[Model, list[float]] = {}
-    for (task, trained, judged), models in grouped(rows).items():
+    compressing: dict[tuple[str, Model], list[float]] = {}
+    for (task, trained, judged, start), models in grouped(rows).items():
         for model, runs in sorted(models.items(), key=lambda item: is_linformer(item[0])):
             shares = [float(row.get("compressed_share_validation") or 0) for row in runs.values()]
             above = differences(runs, models) if is_linformer(model) else []
             if above and max(shares) > 0:
-                compressing.setdefault(model, []).append(sum(above) / len(above))
+                compressing.setdefault((start, model), []).append(sum(above) / len(above))
             counts = [f"{int(count):,}" for count in (trained, judged)]
-            cells = [task, *counts, *model, f"{max(shares):.0%}", str(len(runs))]
+            cells = [start, task, *counts, *model, f"{max(shares):.0%}", str(len(runs))]
             lines.append([*cells, spread([score_of(row) for row in runs.values()], 1), signed(above)])
-    for model, values in compressing.items():
+    for (start, model), values in compressing.items():
         if len(values) > 1:
             name = f"mean of the {len(values)} tasks with compressed texts"
-            lines.append([name, "", "", *model, "", "", "", signed([sum(values) / len(values)])])
+            lines.append([start, name, "", "", *model, "", "", "", signed([sum(values) / len(values)])])
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
 def scores_table(rows: Sequence[Row]) -> list[str]:
-    """In short: a line for each model, a column for each task, with the points above or below the twin."""
-    groups = grouped(rows)
+    """In short, of what was converted: a line for each model, a column for each task, with the points above the twin."""
+    groups = {task: models for task, models in grouped(rows).items() if task[3] == "all-MiniLM-L6-v2"}
     models = sorted({model: None for of_task in groups.values() for model in of_task}, key=is_linformer)
     header = ["model", "keys a query", "tokens read"]
-    header += [f"{task}, {int(judged):,} texts" for task, _, judged in groups]
+    header += [f"{task}, {int(judged):,} texts" for task, _, judged, _ in groups]
     lines = [header, ["---"] * len(header)]
     for model in models:
         scores = []

@@ -31,11 +31,11 @@ class Arguments:
 def points(rows: Sequence[Row]) -> dict[str, dict[str, list[float]]]:
     """Of each model, by task, its points above the twin, one a seed; tasks without a twin are left out."""
     found: dict[str, dict[str, list[float]]] = {}
-    for (task, trained, _), models in grouped(rows).items():
+    for (task, trained, _, start), models in grouped(rows).items():
         for model, runs in models.items():
             name, keys, length = model
             if is_linformer(model) and (values := differences(runs, models)):
-                label = f"{name}, {keys} keys, reads {int(length):,}"
+                label = f"{name}, {keys} keys, reads {int(length):,}" + (", from novels" if start == "novels" else "")
                 found.setdefault(label, {})[f"{task}\n{int(trained):,} rows"] = values
     return found
 
