@@ -374,7 +374,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     identity["training tokens"] = blocks.num_tokens if blocks is not None else "streamed"
     prepare_output_dir(accelerator, loop, identity, checkpoint)
     model.to(accelerator.device)
-    peak = tokens_per_second_at_peak(accelerator, model, next(iter(eval_loader)))
+    # Masked as training masks: the work of a sparse prediction depends on it.
+    batch = collate([chosen[row] for row in range(min(len(chosen), loop.per_device_train_batch_size))])
+    batch = {name: states.to(accelerator.device) for name, states in batch.items()}
+    peak = tokens_per_second_at_peak(accelerator, model, batch)
     progress, wrapped = train(
         *(accelerator, model, data, masked_lm_loss),
         lambda model: evaluate_model(accelerator, model, eval_loader),
