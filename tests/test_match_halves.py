@@ -197,6 +197,7 @@ def test_rows_of_results(bert, linformer, documents, tmp_path):
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     table = [dict(zip(cells[0], body, strict=True)) for body in cells[2:]]
     assert [line["reads"] for line in table] == ["the first 200", "windows of 200", "the first 12", "windows of 12"]
+    assert [line["keys a query"] for line in table] == ["8 + 1 + 3 x 4", "8 + 1 + 3 x 4", "12", "12"]
     assert table[0]["documents"] == "8 parts" and table[1]["documents"] == "8 documents.parquet"
     assert table[0]["of them read"] == "100%" == table[3]["of them read"]
     assert table[2]["of them read"] == f"{10 / float(first['tokens']):.0%}"
