@@ -47,8 +47,8 @@ kept.select_columns(["text"]).to_parquet("output/long_reviews.parquet")
 PYTHON
 
 # Slots and window, untaught.
-for k in 32 64 128 256; do
-    for w in 0 16 32 64; do
+for k in 16 32 64 128 256; do
+    for w in 0 16 32 64 128; do
         convert --projected_length "$k" --local_window "$w"
     done
 done
@@ -61,6 +61,7 @@ for options in "copy" "interpolate" "copy --trained_length 256" "interpolate --t
     # shellcheck disable=SC2086
     convert --max_position_embeddings 1024 --projected_length 256 --position_extension $options --lengths 1024
 done
+convert --max_position_embeddings 1024 --projected_length 32 --local_window 128 --lengths 1024
 # Other texts.
 for name in speeches books; do
     file=$([[ $name == speeches ]] && echo data/sotu/dev.parquet || echo "$data/gutenberg/validation.parquet")
@@ -93,7 +94,8 @@ few="--max_train_samples 640"
     distill slots distilled $few --learning_rate 2e-4
 }
 distill slots distilled_slots --trainable long_only --learning_rate 1e-3 --max_train_samples 5120
-# It starts from what the run before it left, which is made again where only the rows are there.
+distill slots_64 distilled_slots_64 --trainable long_only --learning_rate 1e-3 --max_train_samples 5120
+# It starts from what the first of these left, which is made again where only the rows are there.
 [[ -d output/distilled_slots ]] || results="" distill slots distilled_slots --trainable long_only --learning_rate 1e-3 \
     --max_train_samples 5120
 distill distilled_slots distilled_all --learning_rate 1e-4 --max_train_samples 2560
