@@ -76,7 +76,7 @@ def downstream_table(rows: Sequence[Row]) -> list[str]:
 
 
 def scores_table(rows: Sequence[Row]) -> list[str]:
-    """In short, of what was converted: a line for each model, a column for each task, with the points above the twin."""
+    """In short, of what was converted: a line for each model, a column for each task, with points above the twin."""
     groups = {task: models for task, models in grouped(rows).items() if task[3] == "all-MiniLM-L6-v2"}
     models = sorted({model: None for of_task in groups.values() for model in of_task}, key=is_linformer)
     header = ["model", "keys a query", "tokens read"]

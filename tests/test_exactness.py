@@ -8,6 +8,7 @@ import torch
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
 from hf_linformer import LinformerConfig, LinformerModel
+from hf_linformer.modeling_linformer import LinformerSelfAttention
 
 
 K, N = 8, 40
@@ -122,3 +123,71 @@ def test_one_row_more_than_k_is_no_longer_exact():
     with torch.no_grad():
         difference = model(input_ids).last_hidden_state - source(input_ids).last_hidden_state
     assert difference.abs().max() > 0.01
+
+
+@pytest.fixture
+def blocks_of(monkeypatch):
+    """For how many tokens blocks were made, a number for each layer and part of a batch."""
+    seen: list[int] = []
+    attend_nearby = LinformerSelfAttention.attend_nearby
+
+    def noted(self, query, *others):
+        seen.append(query.shape[2])
+        return attend_nearby(self, query, *others)
+
+    monkeypatch.setattr(LinformerSelfAttention, "attend_nearby", noted)
+    return seen
+
+
+def masks(N: int) -> torch.Tensor:
+    """Rows of N tokens: whole, padded right, padded left, and with holes."""
+    mask = torch.ones(4, N, dtype=torch.bool)
+    mask[1, N // 2 + 1 :] = False
+    mask[2, : N // 3] = False
+    mask[3, 1::3] = False
+    return mask
+
+
+@pytest.mark.parametrize("projection_type", ["mean_pool", "max_pool"])
+@pytest.mark.parametrize("window", [3, 7])
+def test_blocks_are_left_out_where_all_tokens_see_all(blocks_of, projection_type, window):
+    """The same outputs and gradients as with blocks, which attentions need, in a batch that pads make no longer."""
+    changes = {"initializer_range": 0.5, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    changes |= {"max_position_embeddings": N, "projected_length": K}
+    torch.manual_seed(0)
+    model = LinformerModel(
+        LinformerConfig(**{**SIZES, **changes}, projection_type=projection_type, local_window=window)
+    )
+    limit = max(K, 2 * window)
+    for length in (1, 2, K, limit - 1, limit, limit + 1):
+        mask = masks(length)
+        input_ids = torch.randint(3, 61, mask.shape)
+        outputs, gradients = [], []
+        for implementation in ("sdpa", "eager"):
+            model.set_attn_implementation(implementation)
+            blocks_of.clear()
+            states = model(input_ids, attention_mask=mask).last_hidden_state[mask]
+            model.zero_grad()
+            states.square().sum().backward()
+            made = bool(blocks_of)
+            assert made == (implementation == "eager" or length > limit)
+            outputs.append(states.detach())
+            gradients.append(model.layers[0].attention.key.weight.grad.clone())
+        torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            # In tiles, if there are any.
+            model.set_attn_implementation("sdpa")
+            many = model(input_ids.repeat(40, 1), attention_mask=mask.repeat(40, 1)).last_hidden_state
+        torch.testing.assert_close(many[mask.repeat(40, 1)], outputs[0].repeat(40, 1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"projection_type": "mean_pool", "local_position_bias": True}, {"projection_type": "linear"}], ids=str
+)
+def test_blocks_stay_where_offsets_or_slots_of_their_own_count(blocks_of, changes):
+    model = LinformerModel(
+        LinformerConfig(**SIZES, max_position_embeddings=N, projected_length=K, local_window=7, **changes)
+    )
+    model(torch.randint(3, 61, (1, 5)))
+    assert blocks_of == [5] * SIZES["num_hidden_layers"]

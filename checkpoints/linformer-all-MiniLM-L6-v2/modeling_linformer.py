@@ -83,15 +83,15 @@ class TokenLayout(NamedTuple):
 
 
 class SharedKeys(NamedTuple):
-    """What all queries of a row attend to: the slots and, with a local window, behind them the first token."""
+    """What all queries of a row attend to: the slots and, with blocks of a window, behind them the first token."""
 
     key: Tensor  # (B, H, k, d)
     value: Tensor  # (B, H, k, d)
-    bias: Tensor | None  # added to the scores (1 | B, G, 1, k), with a window (1 | B, G, M, 1, k + 1)
-    nearby_bias: Tensor | None = None  # the same for the neighbourhood of each block, (1 | B, 1, M, 1, 3 w)
+    bias: Tensor | None  # added to the scores (1 | B, G, 1, k), with blocks (1 | B, G, M, 1, k + 1)
+    nearby_bias: Tensor | None = None  # of the neighbourhood of each block, (1 | B, 1, M, 1, 3 w); None: no blocks
 
     def of(self, tile: Tile, w: int) -> "SharedKeys":
-        """What concerns the rows of a tile and, with a window of w, its blocks."""
+        """What concerns the rows of a tile and, if there are blocks of w, its blocks."""
         blocks = slice(tile.start // w, -(-tile.end // w)) if w else slice(None)
         bias, nearby_bias = (
             bias if bias is None else bias[tile.rows if bias.shape[0] > 1 else slice(None), :, blocks]
@@ -510,8 +510,8 @@ class LinformerSelfAttention(nn.Module):
         """hidden_states (B, N, D) -> output (B, N, D), attention probabilities (B, H, N, keys) if `eager`"""
         states = mask_padding(reorder(hidden_states, layout.order), layout.mask)
         shared = self.build_shared_keys(states, layout, shared_projection)
-        # To slots the order of the queries is all one, so that without a window they stay in that of the batch.
-        queries, rank = (states, layout.rank) if self.config.local_window else (hidden_states, None)
+        # To slots the order of the queries is all one, so that without blocks they stay in that of the batch.
+        queries, rank = (hidden_states, None) if shared.nearby_bias is None else (states, layout.rank)
         context, probabilities = self.attend(queries, shared, nearby=states, **kwargs)
         if probabilities is not None:
             probabilities = self.pad_unused_slots(reorder(probabilities, rank, dim=2))
@@ -522,7 +522,7 @@ class LinformerSelfAttention(nn.Module):
     ) -> Tensor:
         """`forward` for the tokens of a tile, of states (B, N, D) in rank order -> (rows, tokens, D)"""
         rows, start, end = tile
-        w = self.config.local_window
+        w = 0 if shared.nearby_bias is None else self.config.local_window
         nearby = states[rows, max(start - w, 0) : end + w] if w else None
         context, _ = self.attend(states[rows, start:end], shared.of(tile, w), nearby, min(start, w), **kwargs)
         return self.output(context)
@@ -532,7 +532,7 @@ class LinformerSelfAttention(nn.Module):
         E, F = (shared_projection, shared_projection) if self.projection is None else self.projection()
         slots = self.build_slots(E, F, layout, states)
         key, value = self.project_keys_and_values(states, slots, layout)  # (B, H, k, d)
-        if not self.config.local_window:
+        if not self.needs_blocks(states.shape[1]):
             return SharedKeys(key, value, self.slot_bias(slots, key.dtype))
         first = states[:, :1]
         key = torch.cat([key, self.split_heads(self.key(first))], dim=2)
@@ -552,7 +552,7 @@ class LinformerSelfAttention(nn.Module):
         nearby: the same tokens and, where there are any, w on either side; `before` of them stand before the first.
         """
         query = self.split_heads(self.query(queries))
-        if self.config.local_window:
+        if shared.nearby_bias is not None:
             assert nearby is not None
             context, probabilities = self.attend_nearby(query, shared, nearby, before)
         else:
@@ -610,14 +610,29 @@ class LinformerSelfAttention(nn.Module):
     def pool_tokens(self, layout: TokenLayout, states: Tensor) -> Slots:
         """Slots that are means or maxima of segments; no parameters, and as long as the row."""
         N, k = states.shape[1], self.num_slots
-        start, end = segment_bounds(layout.lengths, self.head_slots(states.device), k)
-        # An exported graph has to hold for every N, so it takes the general way for all.
-        if not torch.compiler.is_exporting() and N <= k and len(self.slots_per_head) == 1:
-            start, end = start[..., :N], end[..., :N]
+        if self.has_a_slot_for_each(N):
+            start, end = segment_bounds(layout.lengths, torch.full((1, 1), N, device=states.device), N)
             return Slots(None, None, end > start, start, end, one_token_each=True)
+        start, end = segment_bounds(layout.lengths, self.head_slots(states.device), k)
         needs_matrix = self.config.projection_type == "mean_pool" and not self.pools_views(layout)
         means = segment_means(start, end, N, states.dtype) if needs_matrix else None
         return Slots(means, means, end > start, start, end)
+
+    def has_a_slot_for_each(self, N: int) -> bool:
+        """Whether slot i is token i in rows of N tokens, so that attention to the slots is full softmax attention."""
+        # An exported graph has to hold for every N, so it takes the general way for all.
+        if torch.compiler.is_exporting() or not self.config.uses_pooling or len(self.slots_per_head) > 1:
+            return False
+        return N <= self.num_slots or (N <= 2 * self.config.local_window and not self.always_needs_blocks)
+
+    def needs_blocks(self, N: int) -> bool:
+        """Whether there is a window, and queries that it does not show all N tokens: with two blocks all see all."""
+        return bool(self.config.local_window) and (self.always_needs_blocks or not self.has_a_slot_for_each(N))
+
+    @property
+    def always_needs_blocks(self) -> bool:
+        """Biases go by the offsets in a block, and attentions that are returned by its columns."""
+        return self.position_bias is not None or self.config._attn_implementation == "eager"
 
     def pools_views(self, layout: TokenLayout) -> bool:
         """Whether the host knows where the segments lie, so that they can be pooled where they are."""
@@ -657,6 +672,8 @@ class LinformerSelfAttention(nn.Module):
 
     def num_slots_in_use(self, N: int) -> int:
         """How many of the k slots a row of N tokens feeds."""
+        if self.has_a_slot_for_each(N):
+            return N
         if self.config.uses_pooling or (self.config.exact_short_sequences and N <= self.num_slots):
             return min(self.num_slots, N)
         if self.config.projection_type == "convolution":
