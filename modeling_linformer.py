@@ -25,7 +25,8 @@ What goes beyond the paper:
   - slots may be means or maxima of segments that follow the length of each row (`segment_bounds`); rows of up to k
     tokens then get exact softmax attention.
   - `local_window`: in the same softmax a query also attends exactly to its neighbourhood (`attend_nearby`), and with
-    `local_position_bias` learns how far from it to look (`LinformerPositionBias`).
+    `local_position_bias` learns how far from it to look (`LinformerPositionBias`). Rows that are all neighbourhood get
+    the plain attention of a BERT.
 
 Letters: B rows in the batch, N tokens in a row, n = max_position_embeddings, k slots (projected_length), H heads,
 d head size, D = H d hidden size, G = H if the heads have projections of their own and 1 if they share, w local window.
@@ -532,7 +533,7 @@ class LinformerSelfAttention(nn.Module):
         E, F = (shared_projection, shared_projection) if self.projection is None else self.projection()
         slots = self.build_slots(E, F, layout, states)
         key, value = self.project_keys_and_values(states, slots, layout)  # (B, H, k, d)
-        if not self.needs_blocks(states.shape[1]):
+        if not self.config.local_window or (slots.one_token_each and not self.always_needs_blocks):
             return SharedKeys(key, value, self.slot_bias(slots, key.dtype))
         first = states[:, :1]
         key = torch.cat([key, self.split_heads(self.key(first))], dim=2)
@@ -605,12 +606,12 @@ class LinformerSelfAttention(nn.Module):
 
         # If every row has N tokens, the number of slots in use is known: attention gets only these, and no mask.
         known = layout.mask is None and layout.position_ids is None and len(self.slots_per_head) == 1
-        return slots.cut(self.num_slots_in_use(N)) if known else slots
+        return slots.cut(N if slots.one_token_each else self.num_slots_in_use(N)) if known else slots
 
     def pool_tokens(self, layout: TokenLayout, states: Tensor) -> Slots:
         """Slots that are means or maxima of segments; no parameters, and as long as the row."""
         N, k = states.shape[1], self.num_slots
-        if self.has_a_slot_for_each(N):
+        if self.gives_each_token_a_slot(N):
             start, end = segment_bounds(layout.lengths, torch.full((1, 1), N, device=states.device), N)
             return Slots(None, None, end > start, start, end, one_token_each=True)
         start, end = segment_bounds(layout.lengths, self.head_slots(states.device), k)
@@ -618,20 +619,16 @@ class LinformerSelfAttention(nn.Module):
         means = segment_means(start, end, N, states.dtype) if needs_matrix else None
         return Slots(means, means, end > start, start, end)
 
-    def has_a_slot_for_each(self, N: int) -> bool:
-        """Whether slot i is token i in rows of N tokens, so that attention to the slots is full softmax attention."""
+    def gives_each_token_a_slot(self, N: int) -> bool:
+        """Whether attention to the slots is full softmax attention: up to k tokens, or as many as two blocks hold."""
         # An exported graph has to hold for every N, so it takes the general way for all.
-        if torch.compiler.is_exporting() or not self.config.uses_pooling or len(self.slots_per_head) > 1:
+        if torch.compiler.is_exporting() or len(self.slots_per_head) > 1:
             return False
         return N <= self.num_slots or (N <= 2 * self.config.local_window and not self.always_needs_blocks)
 
-    def needs_blocks(self, N: int) -> bool:
-        """Whether there is a window, and queries that it does not show all N tokens: with two blocks all see all."""
-        return bool(self.config.local_window) and (self.always_needs_blocks or not self.has_a_slot_for_each(N))
-
     @property
     def always_needs_blocks(self) -> bool:
-        """Biases go by the offsets in a block, and attentions that are returned by its columns."""
+        """A position bias counts offsets within blocks, and attentions that are returned have their columns."""
         return self.position_bias is not None or self.config._attn_implementation == "eager"
 
     def pools_views(self, layout: TokenLayout) -> bool:
@@ -672,8 +669,6 @@ class LinformerSelfAttention(nn.Module):
 
     def num_slots_in_use(self, N: int) -> int:
         """How many of the k slots a row of N tokens feeds."""
-        if self.has_a_slot_for_each(N):
-            return N
         if self.config.uses_pooling or (self.config.exact_short_sequences and N <= self.num_slots):
             return min(self.num_slots, N)
         if self.config.projection_type == "convolution":

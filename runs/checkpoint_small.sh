@@ -8,7 +8,7 @@ name=mean_128_window_32_bias_quick
 run=output/pretraining/$name-1-2000
 # The study passes over a run whose row is in its CSV, and the weights may be gone.
 [[ -f $run/model.safetensors ]] ||
-    RESULTS=output/again.csv MODELS=$name STEPS=2000 bash runs/pretraining_study.sh "${1:-../shared/data}" 1
+    RESULTS=$(mktemp) MODELS=$name STEPS=2000 bash runs/pretraining_study.sh "${1:-../shared/data}" 1
 HF_HUB_OFFLINE=1 .venv/bin/python - "$run" checkpoints/linformer-small <<'PYTHON'
 import json
 import sys

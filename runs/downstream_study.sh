@@ -35,9 +35,11 @@ start_of() { # model, seed
 }
 
 pretrained() { # model, seed: about an hour, if it is not there; its row may be, from an earlier day
-    run=$(basename "$(start_of "$1" "$2")" "-$2-2000")
-    [[ -f output/pretraining/$run-$2-2000/model.safetensors ]] ||
-        RESULTS=output/again.csv MODELS=$run STEPS=2000 bash runs/pretraining_study.sh "$data" "$2"
+    local folder run
+    folder=$(start_of "$1" "$2")
+    run=$(basename "$folder" "-$2-2000")
+    [[ -f $folder/model.safetensors ]] ||
+        RESULTS=$(mktemp) MODELS=$run STEPS=2000 bash runs/pretraining_study.sh "$data" "$2"
 }
 
 finetune() { # name, seed, model, options

@@ -16,7 +16,7 @@ Model = tuple[str, str, str]
 def task_of(row: Row) -> Task:
     name = row["task"] or Path(row["data"].split()[0]).parent.name
     # As runs/downstream_study.sh names them.
-    start = "novels" if "-small" in row["run_name"] else "all-MiniLM-L6-v2"
+    start = "novels" if row["run_name"].endswith(("-small", "-small_twin")) else "all-MiniLM-L6-v2"
     return name, row["training_rows"], row["evaluated_rows"], start
 
 

@@ -47,6 +47,9 @@ def is_drawn(row: Row, arguments: Arguments) -> bool:
     found = tuple(row[name] for name in ("mode", "dtype", "device", "num_hidden_layers", "head"))
     if not is_measured(row) or found != wanted:
         return False
+    # Shorter rows than k were measured with fewer slots.
+    if int(row["sequence_length"]) < arguments.projected_length:
+        return False
     if row["projected_length"] not in ("", str(arguments.projected_length)):
         return False
     if arguments.models is not None:

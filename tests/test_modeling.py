@@ -67,7 +67,11 @@ def test_equals_the_equations_in_single_precision(settings):
             torch.testing.assert_close(states[keep], expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("settings", variants(), ids=variant_id)
+# Two blocks of which hold every row of the test, so that there are none.
+WIDE = [{"projection_type": kind, "local_window": 14} for kind in ("mean_pool", "max_pool")]
+
+
+@pytest.mark.parametrize("settings", [*variants(), *WIDE], ids=variant_id)
 @pytest.mark.parametrize("size", [5, 30])
 def test_tiles_change_nothing(settings, size):
     """Parts of a row and several rows at a time; pads right, left and in between, a row of pads alone."""
@@ -88,8 +92,8 @@ def test_tiles_change_nothing(settings, size):
         real = torch.ones(4, 27, dtype=torch.bool) if mask is None else mask.bool()
         torch.testing.assert_close(tiles[real], whole[real], rtol=0, atol=1e-12)
         assert tiles.isfinite().all()
-        # Tiles begin where blocks of the window of 3 do.
-        assert len(tokens_in_layer) > 1 and max(tokens_in_layer) <= size + 2
+        # Tiles begin where blocks of the window do.
+        assert len(tokens_in_layer) > 1 and max(tokens_in_layer) <= max(size + 2, settings["local_window"])
     assert sum(tokens_in_layer) <= 3 * 27, "the row of pads alone should cost nothing"
     handle.remove()
 
@@ -218,9 +222,12 @@ def test_attentions_tell_where_a_query_looks():
     assert (probabilities[:, 16, 7:12] > 0).all() and (probabilities[:, 16, 12:] == 0).all()
 
 
-@pytest.mark.parametrize("kind", TYPES)
-def test_without_pads_attention_gets_no_mask(kind, monkeypatch):
-    """So that fused kernels apply. A mask of all ones counts as no pads; shorter or longer than k makes no odds."""
+@pytest.mark.parametrize(("kind", "window"), [*((kind, 0) for kind in TYPES), ("mean_pool", 19), ("max_pool", 19)])
+def test_without_pads_attention_gets_no_mask(kind, window, monkeypatch):
+    """So that fused kernels apply. A mask of all ones counts as no pads; shorter or longer than k makes no odds.
+
+    Nor does a window that shows every token to all.
+    """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     masks = []
@@ -231,7 +238,7 @@ def test_without_pads_attention_gets_no_mask(kind, monkeypatch):
         return sdpa(module, query, key, value, attention_mask, **kwargs)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", spy)
-    model = build(LinformerModel, projection_type=kind)
+    model = build(LinformerModel, projection_type=kind, local_window=window)
     for N in (3, 6, 17, 37):
         input_ids, mask = padded_batch((N, N), N)
         model(input_ids)
@@ -288,8 +295,9 @@ def test_compiles_without_graph_breaks(settings):
 
 
 def test_compiles_under_a_default_device():
+    """And a row that two blocks of the window hold, so that there are none."""
     torch._dynamo.reset()
-    model = build(LinformerModel, projection_type="mean_pool", local_window=3)
+    model = build(LinformerModel, projection_type="mean_pool", local_window=9)
     input_ids, _ = padded_batch((17,), 17)
     expected = model(input_ids).last_hidden_state
     with torch.device("cpu"):
