@@ -121,7 +121,8 @@ def table_of(path: Path, view: str | None = None) -> str:
     made_with = sorted(
         {f"{row['hardware']}, torch {row['torch']}, transformers {row['transformers']}" for row in rows}
     )
-    return "\n".join([*lines, "", f"Measured on {'; '.join(sorted(made_with))}."]) + "\n"
+    which = f" ({path.name} says which row on which)" if len(made_with) > 1 else ""
+    return "\n".join([*lines, "", f"Measured on {'; '.join(made_with)}{which}."]) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
