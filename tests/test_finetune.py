@@ -554,7 +554,7 @@ def test_a_teacher_is_right_where_labels_are_not(options, trained, folder, tmp_p
     data.to_csv(tmp_path / "wrong.csv", index=False)
     wrong = ["--train_file", tmp_path / "wrong.csv"]
     finetune.main(options(*wrong, "--metric_for_best_model", "loss", output="alone"))
-    taught = ["--teacher_name_or_path", trained, "--logits_weight", 20, "--num_train_epochs", 8]
+    taught = ["--teacher_name_or_path", trained, "--logits_weight", 20, "--num_train_epochs", 12]
     finetune.main(options(*wrong, *taught, output="taught"))
     assert results(tmp_path / "alone")["eval_accuracy"] < 0.8
     assert results(tmp_path / "taught")["eval_accuracy"] > 0.9
