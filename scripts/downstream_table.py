@@ -7,6 +7,8 @@ from make_tables import keys_of_a_query, name_of, spread
 
 
 Row = dict[str, str]
+# What models were made of, as runs/downstream_study.sh names them.
+CONVERTED, FROM_NOVELS = "all-MiniLM-L6-v2", "novels"
 # A task: its name, on how many rows models were trained and judged, and what they were before that.
 Task = tuple[str, str, str, str]
 # A model: its name, keys a query and tokens read.
@@ -15,8 +17,7 @@ Model = tuple[str, str, str]
 
 def task_of(row: Row) -> Task:
     name = row["task"] or Path(row["data"].split()[0]).parent.name
-    # As runs/downstream_study.sh names them.
-    start = "novels" if row["run_name"].endswith(("-small", "-small_twin")) else "all-MiniLM-L6-v2"
+    start = FROM_NOVELS if row["run_name"].endswith(("-small", "-small_twin")) else CONVERTED
     return name, row["training_rows"], row["evaluated_rows"], start
 
 
@@ -77,7 +78,7 @@ def downstream_table(rows: Sequence[Row]) -> list[str]:
 
 def scores_table(rows: Sequence[Row]) -> list[str]:
     """In short, of what was converted: a line for each model, a column for each task, with points above the twin."""
-    groups = {task: models for task, models in grouped(rows).items() if task[3] == "all-MiniLM-L6-v2"}
+    groups = {task: models for task, models in grouped(rows).items() if task[3] == CONVERTED}
     models = sorted({model: None for of_task in groups.values() for model in of_task}, key=is_linformer)
     header = ["model", "keys a query", "tokens read"]
     header += [f"{task}, {int(judged):,} texts" for task, _, judged, _ in groups]

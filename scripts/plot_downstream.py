@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import ROOT, UserError, parse_arguments, run_main
-from downstream_table import Row, differences, grouped, is_linformer
+from downstream_table import FROM_NOVELS, Row, differences, grouped, is_linformer
 from figures import pyplot, save_figure
 from make_tables import read_rows
 
@@ -35,7 +35,8 @@ def points(rows: Sequence[Row]) -> dict[str, dict[str, list[float]]]:
         for model, runs in models.items():
             name, keys, length = model
             if is_linformer(model) and (values := differences(runs, models)):
-                label = f"{name}, {keys} keys, reads {int(length):,}" + (", from novels" if start == "novels" else "")
+                origin = f", from {start}" if start == FROM_NOVELS else ""
+                label = f"{name}, {keys} keys, reads {int(length):,}{origin}"
                 found.setdefault(label, {})[f"{task}\n{int(trained):,} rows"] = values
     return found
 
