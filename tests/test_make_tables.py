@@ -206,6 +206,18 @@ def test_views_of_a_file_in_a_readme(forward, tmp_path, monkeypatch):
     make_tables.main(["--readme", str(readme), "--check", "true"])
 
 
+def test_machines_are_named_with_where_to_look_them_up(downstream, tmp_path):
+    path = tmp_path / "downstream.csv"
+    assert make_tables.table_of(path).endswith("Measured on a CPU, torch 2.13, transformers 5.24.\n")
+    written([row | {"hardware": f"CPU {index % 2}"} for index, row in enumerate(downstream)], path)
+    last = make_tables.table_of(path).splitlines()[-1]
+    assert (
+        "on CPU 0, torch" in last
+        and "; CPU 1, torch" in last
+        and last.endswith("(downstream.csv says which row on which).")
+    )
+
+
 def test_the_table_of_a_file_is_printed(forward, tmp_path, capsys):
     make_tables.main(["--results_file", str(tmp_path / "efficiency.csv"), "--view", "paper"])
     assert "| 4096 | 6.0x / 2.0x (3.4x) |" in capsys.readouterr().out

@@ -516,6 +516,19 @@ def test_what_a_tracker_gets(runs):
     assert found == [(row["step"], pytest.approx(row["eval_loss"], rel=1e-6)) for row in history(output_dir)]
 
 
+def test_the_work_is_counted_as_training_masks(runs, monkeypatch):
+    """Of a sparse prediction most is the head's, which sees what is masked; held-out text is masked at another rate."""
+    shares = []
+
+    def noted(accelerator, model, batch):
+        shares.append((batch["labels"] != -100).float().mean().item())
+        return 1.0
+
+    monkeypatch.setattr(pretrain, "tokens_per_second_at_peak", noted)
+    runs.pretrain("--mlm_probability", 0.8, "--max_train_steps", 1)
+    assert len(shares) == 1 and 0.6 < shares[0] < 0.95
+
+
 def test_how_near_the_peak_it_is():
     """The tokens of a second at a peak of one operation a second are the inverse of a token's operations."""
     accelerator = Accelerator(cpu=True)

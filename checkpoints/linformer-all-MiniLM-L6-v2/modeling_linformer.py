@@ -620,7 +620,7 @@ class LinformerSelfAttention(nn.Module):
         return Slots(means, means, end > start, start, end)
 
     def gives_each_token_a_slot(self, N: int) -> bool:
-        """Whether attention to the slots is full softmax attention: up to k tokens, or as many as two blocks hold."""
+        """Whether slot i is token i in rows of N: up to k tokens, or as many as two blocks hold, which all see all."""
         # An exported graph has to hold for every N, so it takes the general way for all.
         if torch.compiler.is_exporting() or len(self.slots_per_head) > 1:
             return False
@@ -628,7 +628,7 @@ class LinformerSelfAttention(nn.Module):
 
     @property
     def always_needs_blocks(self) -> bool:
-        """A position bias counts offsets within blocks, and attentions that are returned have their columns."""
+        """Whether short rows are cut into blocks too: a bias goes by places in them, returned attentions by columns."""
         return self.position_bias is not None or self.config._attn_implementation == "eager"
 
     def pools_views(self, layout: TokenLayout) -> bool:
