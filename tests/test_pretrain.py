@@ -517,7 +517,7 @@ def test_what_a_tracker_gets(runs):
 
 
 def test_the_work_is_counted_as_training_masks(runs, monkeypatch):
-    """Of a sparse prediction most is the head's, which sees what is masked; held-out text is masked at another rate."""
+    """The head of a sparse prediction sees what is masked; held-out text is masked at another rate."""
     shares = []
 
     def noted(accelerator, model, batch):

@@ -84,7 +84,8 @@ class LinformerConfig(PreTrainedConfig):
             types are exact on short rows by themselves.
         local_window (`int`, defaults to 0): w. A query also attends exactly to the tokens of its own block of w and
             of both neighbouring blocks, and to the first real token, in the same softmax as the k slots. With the
-            pooling types rows of up to max(k, 2 w) tokens so get full softmax attention. 0 is the paper's Linformer. Adds no parameters by itself: a checkpoint loads with any w, but for the bias below.
+            pooling types rows of up to max(k, 2 w) tokens so get full softmax attention. 0 is
+            the paper's Linformer. Adds no parameters by itself: a checkpoint loads with any w, but for the bias below.
         local_position_bias (`bool`, defaults to `False`): Each layer learns, for every head, what a token of the
             neighbourhood, other than the first, gains by its distance from the query and its side. For training from
             scratch. Zero at first, so that `from_pretrained(..., local_position_bias=True)` changes no output of a

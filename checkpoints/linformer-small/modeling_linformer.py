@@ -628,7 +628,7 @@ class LinformerSelfAttention(nn.Module):
 
     @property
     def always_needs_blocks(self) -> bool:
-        """Whether short rows are cut into blocks too: a bias goes by places in them, returned attentions by columns."""
+        """Whether short rows are cut into blocks too: a bias goes by places in them, attentions by their columns."""
         return self.position_bias is not None or self.config._attn_implementation == "eager"
 
     def pools_views(self, layout: TokenLayout) -> bool:
