@@ -1,4 +1,4 @@
-"""The table of results/conversion.csv, for scripts/make_tables.py: how near each conversion is to its source."""
+"""The tables of results/conversion.csv, for scripts/make_tables.py: how near each conversion is to its source."""
 
 
 def conversion_table(rows: list[dict[str, str]]) -> list[str]:
@@ -27,6 +27,31 @@ def conversion_table(rows: list[dict[str, str]]) -> list[str]:
                 f"{float(longest['embedding_cosine']):.3f}",
             ]
         )
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def shapes_table(rows: list[dict[str, str]]) -> list[str]:
+    """Means on reviews that the source reads whole, as converted and as taught: the more keys a query, the lower."""
+    runs: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+    for row in rows:
+        if (row["data"], row["projection_type"], row["target"]) == ("reviews", "mean_pool", "whole"):
+            taught = row["experiment"] if row["trainable"] in ("", "long_only") else row["trainable"]
+            longest = runs.setdefault((row["projected_length"], row["local_window"]), {})
+            best = longest.get(taught)
+            if best is None or (int(row["length"]), float(row["token_cosine"])) > (
+                int(best["length"]),
+                float(best["token_cosine"]),
+            ):
+                longest[taught] = row
+    header = ["k", "w", "exact up to", "keys a query", "tokens", "embedding", "tokens, taught", "embedding, taught"]
+    lines = [header, ["---"] * len(header)]
+    for (k, w), made in sorted(runs.items(), key=lambda run: float(next(iter(run[1].values()))["keys_a_query"])):
+        keys = float(next(iter(made.values()))["keys_a_query"])
+        cells = [k, w, str(max(int(k), 2 * int(w))), f"{keys:.0f}"]
+        for taught in ("convert", "distill"):
+            for column in ("token_cosine", "embedding_cosine"):
+                cells.append(f"{float(made[taught][column]):.3f}" if taught in made else "–")
+        lines.append(cells)
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 

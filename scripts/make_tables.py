@@ -1,7 +1,7 @@
-"""Write the tables of the README from the CSV files in results/, so that no number is typed by hand.
+"""Write the tables of README.md and results/README.md from the CSV files in results/: no number is typed by hand.
 
-    python scripts/make_tables.py                       # rewrite the README
-    python scripts/make_tables.py --check true          # exit 2 if the README does not say what results/ says
+    python scripts/make_tables.py                       # rewrite them
+    python scripts/make_tables.py --check true          # exit 2 if they do not say what results/ says
     python scripts/make_tables.py --results_file demo/results.csv   # print the table of one file
 
 A table stands between `<!-- table: results/NAME.csv -->` and `<!-- end of table -->`. Where a file has several tables
@@ -24,7 +24,10 @@ from common import ROOT, UserError, parse_arguments, run_main, write_aside
 class Arguments:
     """What is read and written."""
 
-    readme: str = field(default=str(ROOT / "README.md"), metadata={"help": "The file whose tables are written."})
+    readme: list[str] = field(
+        default_factory=lambda: [str(ROOT / name) for name in ("README.md", "results/README.md")],
+        metadata={"help": "The files whose tables are written."},
+    )
     check: bool = field(default=False, metadata={"help": "Change nothing; fail if a table is out of date."})
     results_file: str | None = field(
         default=None, metadata={"help": "Print the table of this CSV instead, and leave the README alone."}
@@ -49,6 +52,7 @@ TABLES = {
     "spectrum": "plot_spectrum:spectrum_table",
     "onnx": "onnx_table:onnx_table",
     "conversion": "conversion_table:conversion_table",
+    "shapes": "conversion_table:shapes_table",
     "halves": "halves_table:halves_table",
     "pretraining": "pretraining_table:pretraining_table",
     "downstream": "downstream_table:downstream_table",
@@ -125,20 +129,26 @@ def table_of(path: Path, view: str | None = None) -> str:
     return "\n".join([*lines, "", f"Measured on {'; '.join(made_with)}{which}."]) + "\n"
 
 
+def with_table(place: re.Match[str]) -> str:
+    """What stands between two marks, made anew."""
+    before, path, view, after = place.groups()
+    return "\n".join([before, table_of(ROOT / path, view), after])
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments((Arguments,), argv, description=__doc__)
     if arguments.results_file:
         print(table_of(Path(arguments.results_file), arguments.view), end="")
         return
-    readme = Path(arguments.readme)
-    text = readme.read_text(encoding="utf-8")
-    written = MARKED.sub(lambda match: match[1] + "\n" + table_of(ROOT / match[2], match[3]) + "\n" + match[4], text)
-    if arguments.check:
-        if written != text:
-            raise UserError(f"{readme} does not say what results/ says; run: python scripts/make_tables.py")
-    elif written != text:
-        with write_aside(readme) as aside:
-            aside.write_text(written, encoding="utf-8")
+    for readme in map(Path, arguments.readme):
+        text = readme.read_text(encoding="utf-8")
+        written = MARKED.sub(with_table, text)
+        if arguments.check:
+            if written != text:
+                raise UserError(f"{readme} does not say what results/ says; run: python scripts/make_tables.py")
+        elif written != text:
+            with write_aside(readme) as aside:
+                aside.write_text(written, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import make_tables
 import plot_downstream
 import plot_efficiency
 from common import UserError
+from conversion_table import conversion_table, shapes_table
 from downstream_table import downstream_table, scores_table
 from efficiency_tables import cost_table, paper_table, peers_table, targets_table, training_table
 from pretraining_table import pretraining_table
@@ -206,6 +207,19 @@ def test_views_of_a_file_in_a_readme(forward, tmp_path, monkeypatch):
     make_tables.main(["--readme", str(readme), "--check", "true"])
 
 
+def test_several_pages_are_written_and_checked(forward, tmp_path, monkeypatch):
+    monkeypatch.setattr(make_tables, "ROOT", tmp_path)
+    pages = [str(tmp_path / name) for name in ("first.md", "second.md")]
+    for page in pages:
+        Path(page).write_text("<!-- table: efficiency.csv peers -->\nold\n<!-- end of table -->\n")
+    make_tables.main(["--readme", *pages])
+    assert all("tokens/s" in Path(page).read_text() for page in pages)
+    make_tables.main(["--readme", *pages, "--check", "true"])
+    Path(pages[1]).write_text(Path(pages[1]).read_text().replace("tokens/s", "tokens"))
+    with pytest.raises(UserError, match="second.md does not say what results/ says"):
+        make_tables.main(["--readme", *pages, "--check", "true"])
+
+
 def test_machines_are_named_with_where_to_look_them_up(downstream, tmp_path):
     path = tmp_path / "downstream.csv"
     assert make_tables.table_of(path).endswith("Measured on a CPU, torch 2.13, transformers 5.24.\n")
@@ -259,6 +273,45 @@ def test_the_figure(tmp_path, capsys):
     written([*rows, cell("linear", 512, 1.0, hardware="another CPU")], tmp_path / "efficiency.csv")
     with pytest.raises(UserError, match="several machines .a CPU, 2 cores; another CPU."):
         plot_efficiency.main(argv)
+
+
+# Conversion
+
+
+def converted(k: int, w: int, length: int, keys: float, cosine: float, **changes) -> dict:
+    """A row as scripts/convert.py writes it."""
+    row = {"command": f"convert {k} {w}", "seed": 42, "experiment": "convert", "data": "reviews", "length": length}
+    row |= {"projection_type": "mean_pool", "projected_length": k, "local_window": w, "slot_projections": True}
+    row |= {"trainable": "", "train_tokens": "", "learning_rate": "", "target": "whole", "keys_a_query": keys}
+    row |= {"position_extension": "copy", "trained_length": "", "token_cosine": cosine}
+    return row | {"embedding_cosine": cosine + 0.01} | changes
+
+
+def test_shapes_and_all_conversions(tmp_path):
+    taught = {"experiment": "distill", "trainable": "long_only", "train_tokens": 2_100_000, "learning_rate": 0.001}
+    rows = [
+        converted(128, 32, 256, 100, 0.99),
+        converted(128, 32, 512, 189, 0.95),
+        converted(16, 64, 512, 180, 0.94),
+        converted(128, 32, 512, 189, 0.96, command="less", **taught | {"train_tokens": 300_000}),
+        converted(128, 32, 512, 189, 0.97, command="more", **taught),
+        # None of these is of the same texts, taught so, of the same projection, or read whole by the source.
+        converted(128, 32, 512, 189, 0.91, command="all", **taught | {"trainable": "all"}),
+        converted(128, 32, 512, 189, 0.92, command="books", data="books"),
+        converted(128, 32, 512, 189, 0.93, command="linear", projection_type="linear"),
+        converted(128, 32, 1024, 200, 0.98, command="long", target="windows"),
+    ]
+    rows = written(rows, tmp_path / "conversion.csv")
+    assert cells_of(shapes_table(rows)) == [
+        ["16", "64", "128", "180", "0.940", "0.950", "–", "–"],
+        ["128", "32", "128", "189", "0.950", "0.960", "0.970", "0.980"],
+    ]
+    lines = cells_of(conversion_table(rows))
+    assert len(lines) == 8
+    bert = ["reviews", "mean_pool", "128", "32", "no", "189", "0.990", "0.950", "–", "0.960"]
+    assert lines[0] == bert
+    assert lines[3][4:] == ["slots only, 2.1 M tokens, lr 0.001", "189", "–", "0.970", "–", "0.980"]
+    assert lines[7] == ["reviews", "mean_pool, positions copied", "128", "32", "no", "200", "–", "–", "0.980", "0.990"]
 
 
 # Downstream
