@@ -46,8 +46,8 @@ kept = unlabelled.filter(lambda text: text not in judged and len(text.split()) >
 kept.select_columns(["text"]).to_parquet("output/long_reviews.parquet")
 PYTHON
 
-# Slots and window, untaught.
-for k in 16 32 64 128 256; do
+# Slots and window, untaught; one mean of the whole text beside the window shows what it is worth alone.
+for k in 2 16 32 64 128 256; do
     for w in 0 16 32 64 128; do
         convert --projected_length "$k" --local_window "$w"
     done

@@ -67,13 +67,26 @@ tune() { # task, model, options; of a model taught_NAME the twin of the same tas
     done
 }
 
+words() { # task, options of the data: what counting words is worth, on the rows that models are trained and judged on
+    wanted "${TASKS:-}" "$1" && wanted "${MODELS:-}" words || return 0
+    for seed in ${seeds:-1 2 3}; do
+        if grep -qs -e "--run_name $1-words --seed $seed " "$results"; then continue; fi
+        $python scripts/baseline.py --run_name "$1-words" --seed "$seed" --results_file "$results" "${@:2}"
+    done
+}
+
+folder_of() { # task of GLUE
+    case $1 in
+        qnli) echo "$data/glue/qnli_from_dev" ;;
+        qqp) echo "$data/glue/qqp_subset" ;;
+        *) echo "$data/glue/$1" ;;
+    esac
+}
+
 glue() { # task, model, options
-    folder=$1
-    [[ $1 == qnli ]] && folder=qnli_from_dev
-    [[ $1 == qqp ]] && folder=qqp_subset
     epochs=3
     [[ $1 == sst2 || $1 == qqp ]] && epochs=1
-    tune "$1" "$2" --task_name "$1" --dataset_name "$data/glue/$folder" --per_device_train_batch_size 32 \
+    tune "$1" "$2" --task_name "$1" --dataset_name "$(folder_of "$1")" --per_device_train_batch_size 32 \
         --num_train_epochs "$epochs" "${@:3}"
 }
 
@@ -93,6 +106,8 @@ documents() { # model, options
 
 made twin --projected_length 512 --local_window 0
 made window_64_32 --projected_length 64 --local_window 32
+# The window with one mean of all the text beside it (the first token has a slot too): what the other slots are worth.
+made window_2_32 --projected_length 2 --local_window 32
 made slots_128 --projected_length 128 --local_window 0
 made slots_64 --projected_length 64 --local_window 0
 made slots_32 --projected_length 32 --local_window 0
@@ -104,10 +119,15 @@ made long_4096 --projected_length 64 --local_window 32 --max_position_embeddings
 
 some="--max_train_samples 5000"
 # shellcheck disable=SC2086
-for model in twin window_64_32 slots_128 taught_slots_128 long_1024 slots_64 slots_32 linear_128 long_2048; do
+words imdb --task_name imdb --train_file "$data/imdb/train.parquet" --validation_file "$data/imdb/test.parquet" \
+    --max_eval_samples "${TEST_REVIEWS:-25000}" $some
+# shellcheck disable=SC2086
+for model in twin window_64_32 window_2_32 slots_128 taught_slots_128 long_1024 slots_64 slots_32 linear_128 long_2048; do
     imdb $model $some
 done
 for task in rte mrpc qnli stsb cola sst2 qqp; do
+    # Of STS-B the answers are no classes.
+    [[ $task == stsb ]] || words "$task" --task_name "$task" --dataset_name "$(folder_of "$task")"
     for model in twin slots_32 window_32_16 window_64_32 slots_64 linear_128; do glue $task $model; done
 done
 # Pretrained without dropout and of half the width, which wants a higher rate.

@@ -23,19 +23,29 @@ slots=output/halves/mean_256_window_32
 [[ -d $slots ]] || $python scripts/convert.py --model_name_or_path "$original" --output_dir "$slots" \
     --max_position_embeddings 4096 --projected_length 256 --local_window 32 --max_eval_samples 0
 
+# The same window with next to no slots: the first token and one mean of all else.
+window=output/halves/mean_2_window_128
+[[ -d $window ]] || $python scripts/convert.py --model_name_or_path "$original" --output_dir "$window" \
+    --max_position_embeddings 4096 --projected_length 2 --local_window 128 --max_eval_samples 0
+
 match() { # model, how it reads, name of the data, file, options
     local options="--run_name $(basename "$1") --data_name $3 $2"
     if grep -qs -e "$options --model_name_or_path" "$results"; then return; fi
+    # shellcheck disable=SC2086
     $python scripts/match_halves.py $options --model_name_or_path "$1" --validation_file "$data/$4" \
         --dtype bfloat16 --results_file "$results" "${@:5}"
 }
 
 study() { # name of the data, file, options
-    match "$original" "--method truncate --max_length 256" "$@"
-    match "$original" "--method truncate --max_length 512" "$@"
+    # What all others are compared with. Its row may be there from an earlier day, and the ranks gone.
+    local ranks=output/halves/windows-$1.csv
+    [[ -f $ranks ]] || results=$(mktemp -u) match "$original" "--method windows --max_length 256" "$@" --ranks_file "$ranks"
     match "$original" "--method windows --max_length 256" "$@"
-    match "$checkpoint" "--method truncate" "$@"
-    match "$slots" "--method truncate" "$@"
+    match "$original" "--method truncate --max_length 256" "$@" --compare_with "$ranks"
+    match "$original" "--method truncate --max_length 512" "$@" --compare_with "$ranks"
+    match "$checkpoint" "--method truncate" "$@" --compare_with "$ranks"
+    match "$slots" "--method truncate" "$@" --compare_with "$ranks"
+    match "$window" "--method truncate" "$@" --compare_with "$ranks"
 }
 
 study speeches sotu/full.parquet --max_words 6000

@@ -49,6 +49,8 @@ quick="--optim muon --learning_rate 2e-3 --mlm_probability 0.3"
 {
     pretrain mean_128_window_32_bias_quick $learned_place $quick
     pretrain softmax_window_32_bias_quick $learned_place,projected_length=512 $quick
+    # Two slots, of the first token and of the mean of all else: what the window is worth without the others.
+    pretrain mean_2_window_32_bias_quick $learned_place,projected_length=2 $quick
     # Without the bias, and without the rest.
     pretrain mean_128_window_32_quick projection_type=mean_pool,local_window=32 $quick
     pretrain mean_128_window_32_bias $learned_place

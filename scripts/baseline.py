@@ -2,6 +2,7 @@
 
     python scripts/baseline.py --train_file data/sotu/train.parquet --validation_file data/sotu/dev.parquet \\
         --label_column label_text
+    python scripts/baseline.py --task_name mrpc
 
 The data options are those of scripts/finetune.py; for the same --seed the same rows are drawn.
 """
@@ -18,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from common import UserError, append_result, format_table, parse_arguments, run_main
-from examples import DataArguments, is_multi_label, load_examples
+from examples import DataArguments, is_multi_label, load_examples, with_task
 from metrics import choose_metrics
 
 
@@ -43,12 +44,13 @@ def join_pair(dataset: Dataset) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     data_arguments, arguments = parse_arguments((DataArguments, BaselineArguments), argv, description=__doc__)
+    _, task = with_task(data_arguments)
     examples, label_names = load_examples(data_arguments, arguments.seed)
     if label_names is None:
         raise UserError("the baselines are classifiers, and the labels are numbers; give --do_regression false if not")
     if is_multi_label(examples):
         raise UserError("the baselines give a text one class, and here it may have several labels")
-    compute_metrics = choose_metrics(len(label_names))
+    compute_metrics = choose_metrics(len(label_names), task_metrics=task.metrics if task else ())
     models = {
         "majority class": DummyClassifier(strategy="most_frequent"),
         "TF-IDF + logistic regression": make_pipeline(
@@ -76,8 +78,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             data = data_arguments.dataset_name or " ".join(data_arguments.train_file or [])
             described = {
                 "run_name": arguments.run_name,
+                "task": data_arguments.task_name,
                 "data": data,
                 "dataset_config": data_arguments.dataset_config_name,
+                "training_rows": len(examples["train"]),
+                "evaluated_rows": len(examples["validation"]),
             }
             append_result(arguments.results_file, described | row, arguments.seed, argv)
     print(format_table(rows))

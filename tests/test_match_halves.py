@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -13,7 +14,7 @@ import match_halves
 from common import UserError
 from halves_table import halves_table
 from hf_linformer import LinformerConfig, LinformerModel
-from match_halves import Arguments, embed, halves_of, measure, ranks_of, rows_of
+from match_halves import Arguments, embed, halves_of, interval, measure, ranks_of, rows_of
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,19 +70,19 @@ def given(**options) -> Arguments:
 
 
 def test_a_document_is_cut_at_its_middle_word():
-    assert halves_of(["a b\nc  d e"], given()) == [("a b", "c d e")]
+    assert halves_of(["a b\nc  d e"], given()) == [("a b", "c d e", 0)]
 
 
 def test_short_empty_and_repeated_documents_are_left_out():
     texts = ["a b c d", "a b c", "", None, "a  b c\nd", "e f g h"]
-    assert halves_of(texts, given(min_words=4)) == [("a b", "c d"), ("e f", "g h")]
+    assert halves_of(texts, given(min_words=4)) == [("a b", "c d", 0), ("e f", "g h", 5)]
 
 
 def test_long_documents_are_cut_or_give_pieces():
     texts = ["a b c d e f g h i", "j k"]
-    assert halves_of(texts, given(max_words=4)) == [("a b", "c d"), ("j", "k")]
+    assert halves_of(texts, given(max_words=4)) == [("a b", "c d", 0), ("j", "k", 1)]
     pieces = halves_of(texts, given(max_words=4, pieces_per_document=2))
-    assert pieces == [("a b", "c d"), ("e f", "g h"), ("j", "k")]
+    assert pieces == [("a b", "c d", 0), ("e f", "g h", 0), ("j", "k", 1)]
     # The ninth word is a piece that is too short.
     assert halves_of(texts, given(max_words=4, pieces_per_document=9)) == pieces
 
@@ -108,9 +109,34 @@ def test_ranks_by_hand():
     assert ranks_of(first, second).tolist() == [1, 2, 1]
     # Of 10, 20 and 30 degrees 0 is nearest, then 90, then 180.
     assert ranks_of(second, first).tolist() == [1, 2, 3]
-    recall, mrr = measure(first, second).values()
-    assert recall == pytest.approx(3 / 6)
-    assert mrr == pytest.approx((1 + 1 / 2 + 1 + 1 + 1 / 2 + 1 / 3) / 6)
+    values = measure(np.array([[1, 1], [2, 2], [1, 3]]), None, np.arange(3), seed=0)
+    assert values["recall_at_1"] == pytest.approx(3 / 6)
+    assert values["mrr"] == pytest.approx((1 + 1 / 2 + 1 + 1 + 1 / 2 + 1 / 3) / 6)
+
+
+def test_intervals_are_those_of_texts_drawn_again():
+    found = np.random.default_rng(0).integers(0, 2, 400).astype(float)
+    low, high = interval(found, np.arange(400), seed=0)
+    # Twice the standard error of a mean, nearly.
+    assert (found.mean() - low, high - found.mean()) == pytest.approx((1.96 * 0.5 / 20,) * 2, rel=0.1)
+    # Pieces of a text that are found together are worth one: ten of each, and the interval is wider by sqrt(10).
+    together = np.repeat(found[:40], 10)
+    low, high = interval(together, np.repeat(np.arange(40), 10), seed=0)
+    assert high - low == pytest.approx(2 * 1.96 * found[:40].std() / 40**0.5, rel=0.1)
+    # With as many values of one text as of all others, no draw is a mean of the 12 as they are.
+    uneven = interval(np.array([1.0] * 6 + [0.0] * 6), np.array([0] * 6 + list(range(1, 7))), seed=0)
+    assert uneven[0] == 0 and 0.5 < uneven[1] < 1
+
+
+def test_a_model_compared_with_another_on_the_same_documents():
+    ranks, others = np.array([[1, 1], [1, 2], [3, 1], [2, 2]] * 50), np.array([[1, 1], [2, 2], [3, 1], [2, 2]] * 50)
+    values = measure(ranks, others, np.arange(200), seed=0)
+    # One in eight is found that the other does not find, and none the other way.
+    assert values["difference"] == pytest.approx(1 / 8)
+    assert 0.09 < values["difference_low"] < 1 / 8 < values["difference_high"] < 0.16
+    assert values["recall_at_1_low"] < 0.5 < values["recall_at_1_high"]
+    same = measure(ranks, ranks, np.arange(200), seed=0)
+    assert (same["difference"], same["difference_low"], same["difference_high"]) == (0, 0, 0)
 
 
 def test_ties_and_what_is_no_number_count_against_the_model():
@@ -202,6 +228,37 @@ def test_rows_of_results(bert, linformer, documents, tmp_path):
     assert table[0]["of them read"] == "100%" == table[3]["of them read"]
     assert table[2]["of them read"] == f"{10 / float(first['tokens']):.0%}"
     assert table[2]["model"] == "first" and float(table[2]["MRR"]) == round(float(first["mrr"]), 3)
+
+
+def test_ranks_are_kept_and_compared(bert, linformer, documents, tmp_path):
+    saved, ours = save(bert, tmp_path / "bert"), save(linformer, tmp_path / "linformer")
+    results, ranks = tmp_path / "halves.csv", tmp_path / "ranks" / "windows.csv"
+    first = run(saved, documents, results, "--max_length", "12", "--ranks_file", str(ranks))
+    with ranks.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    found = [int(row[name]) for row in rows for name in ("rank_of_first", "rank_of_second")]
+    assert len(rows) == 8 and set(found) <= set(range(1, 9))
+    assert float(first["mrr"]) == pytest.approx(sum(1 / rank for rank in found) / 16, abs=1e-5)
+    assert float(first["recall_at_1_low"]) <= float(first["recall_at_1"]) <= float(first["recall_at_1_high"])
+    assert "difference" not in first
+
+    row = run(ours, documents, results, "--compare_with", str(ranks))
+    assert row["compared_with"] == "windows"
+    more = float(row["recall_at_1"]) - float(first["recall_at_1"])
+    assert float(row["difference"]) == pytest.approx(more, abs=1e-5)
+    assert float(row["difference_low"]) <= more <= float(row["difference_high"])
+
+    before = results.read_text()
+    fewer = ["--max_eval_samples", "3", "--compare_with", str(ranks)]
+    for options, message in [
+        (["--ranks_file", str(ranks)], "ranks_file .*windows.csv is there"),
+        (fewer, "windows.csv is of 8 other documents than these 3"),
+        (["--compare_with", str(documents)], "documents.parquet is no --ranks_file of this script"),
+        (["--compare_with", str(results)], "halves.csv is no --ranks_file of this script"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            run(ours, documents, results, *options)
+    assert results.read_text() == before
 
 
 def test_halves_with_the_same_words_find_each_other(linformer, documents, tmp_path):
