@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer
 
-from hf_linformer import LinformerConfig
+from hf_linformer import LinformerConfig, LinformerModel
 from tiny import tiny_config
 
 
@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
         ({"projection_type": "max_pool", "projected_length": [6, 1]}, "needs `projected_length` >= 2"),
         ({"projection_type": "mean_pool", "exact_short_sequences": True}, "by itself"),
         ({"projection_type": "convolution", "projected_length": [6, 4]}, "cannot share one"),
+        ({"projection_type": "random", "projected_length": [6, 4]}, "cannot share them"),
         ({"projection_init": "segment_mean", "projected_length": [6, 4]}, "the beginning of the text only"),
         ({"problem_type": "foo"}, "problem_type"),
         ({"local_window": -1}, "between 0"),
@@ -82,6 +83,26 @@ def test_refuses_a_file_that_was_edited_into_nonsense(tmp_path):
     path.write_text(path.read_text().replace('"projected_length": 6', '"projected_length": 600'))
     with pytest.raises(StrictDataclassError, match="k = 600"):
         LinformerConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"projected_length": 1}, "needs `projected_length` >= 2"),
+        ({"projected_length": [4]}, "lists 1 layers"),
+        ({"projected_length": 500}, r"k = 500.*n = 37"),
+        ({"local_window": -1}, "between 0"),
+        ({"local_window": 38}, r"max_position_embeddings` \(37\)"),
+        ({"local_position_bias": True}, "needs a `local_window`"),
+        ({"exact_short_sequences": True}, "by itself"),
+        ({"problem_type": "foo"}, "problem_type"),
+    ],
+)
+def test_impossible_settings_are_refused_where_a_checkpoint_is_loaded(changes, reason, tmp_path):
+    LinformerModel(tiny_config(projection_type="mean_pool")).save_pretrained(tmp_path)
+    assert LinformerModel.from_pretrained(tmp_path, local_window=4).config.local_window == 4
+    with pytest.raises(StrictDataclassError, match=f"(?s){reason}"):
+        LinformerModel.from_pretrained(tmp_path, **changes)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.stem)

@@ -144,6 +144,46 @@ def test_tiles_are_for_inference_without_attentions():
     assert len(calls) > 3
 
 
+def test_hooks_on_attention_see_all_tokens():
+    model, input_ids = build(LinformerModel, inference_chunk_size=5), padded_batch((24,), 24)[0]
+    seen: list[tuple[int, ...]] = []
+    handles = [
+        model.layers[0].attention.register_forward_hook(lambda module, args, output: seen.append(output[0].shape)),
+        model.layers[1].attention.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape)),
+    ]
+    with torch.no_grad():
+        watched = model(input_ids).last_hidden_state
+        assert seen == [(1, 24, 20)] * 2
+        for handle in handles:
+            handle.remove()
+            model(input_ids)
+            # The other hook alone is enough, and without any there are tiles again.
+            assert len(seen) == 3
+        torch.testing.assert_close(model(input_ids).last_hidden_state, watched, rtol=0, atol=1e-5)
+
+
+def test_tiles_keep_the_precision_of_autocast(monkeypatch):
+    """As on GPUs, where norms are in single precision and the linear layer that widens embeddings is not."""
+    from torch.nn import functional
+
+    layer_norm = functional.layer_norm
+
+    def in_single_precision(states, *args):
+        with torch.autocast("cpu", enabled=False):
+            return layer_norm(states.float(), *args)
+
+    monkeypatch.setattr(functional, "layer_norm", in_single_precision)
+    model = build(LinformerModel, embedding_size=12, projection_type="mean_pool", local_window=3)
+    input_ids, mask = padded_batch((24, 7), 24)
+    states = []
+    for size in (0, 5):
+        model.config.inference_chunk_size = size
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            states.append(model(input_ids, attention_mask=mask).last_hidden_state[mask.bool()])
+    assert states[0].dtype == states[1].dtype == torch.float32
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=0.1)
+
+
 @pytest.mark.parametrize("kind", LEARNED)
 @pytest.mark.parametrize("exact", [False, True])
 def test_positions_given_by_the_caller_choose_the_columns_of_E(kind, exact):

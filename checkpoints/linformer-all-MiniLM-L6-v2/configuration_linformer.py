@@ -84,7 +84,7 @@ class LinformerConfig(PreTrainedConfig):
             types are exact on short rows by themselves.
         local_window (`int`, defaults to 0): w. A query also attends exactly to the tokens of its own block of w and
             of both neighbouring blocks, and to the first real token, in the same softmax as the k slots. With the
-            pooling types rows of up to max(k, 2 w) tokens so get full softmax attention. 0 is
+            pooling types rows of up to max(k, 2 w) tokens thus get full softmax attention. 0 is
             the paper's Linformer. Adds no parameters by itself: a checkpoint loads with any w, but for the bias below.
         local_position_bias (`bool`, defaults to `False`): Each layer learns, for every head, what a token of the
             neighbourhood, other than the first, gains by its distance from the query and its side. For training from
@@ -96,7 +96,8 @@ class LinformerConfig(PreTrainedConfig):
         sparse_prediction (`bool`, defaults to `False`): Masked-LM logits only where labels are set.
         inference_chunk_size (`int`, *optional*): So many tokens go through a layer at a time where no gradient is
             needed, which bounds the memory and is faster on CPUs; the results are the same. 512 on CPUs and 16,384
-            elsewhere if not given; 0 takes all at once.
+            elsewhere if not given; 0 takes all at once. Forward hooks on what is inside a layer's attention, or on its
+            feed-forward layers, then see one tile after the other; with one on the attention itself none are made.
 
     Raises:
         StrictDataclassError: On a value of the wrong type or outside its choices, and on combinations that cannot
@@ -197,6 +198,12 @@ class LinformerConfig(PreTrainedConfig):
                 f"`slot_projections=True` needs `projection_type='mean_pool'` (not {self.projection_type!r}) and the "
                 f"same k for all heads of a layer (not {self.projected_length}): it tells means of several tokens "
                 "from single ones."
+            )
+        if self.projection_type == "random" and self.projection_sharing == "layerwise" and len(set(slots)) > 1:
+            raise ValueError(
+                f"`projection_type='random'` with `projection_sharing='layerwise'` needs the same k in every layer, "
+                f"not {self.projected_length}: entries are from N(0, 1 / k), so layers of different k cannot share "
+                "them. Use another `projection_sharing`."
             )
         if self.projection_type == "convolution" and self.projection_sharing == "layerwise" and len(set(slots)) > 1:
             raise ValueError(

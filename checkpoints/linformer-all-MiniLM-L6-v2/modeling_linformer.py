@@ -123,13 +123,13 @@ class Slots(NamedTuple):
 def batch_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None, n: int) -> tuple[int, int]:
     """B and N of the input; refused if there is none, or if a row is longer than the model's n."""
     if input_ids is not None and inputs_embeds is None:
-        name, dims, shape = "input_ids", "(batch, tokens)", tuple(input_ids.shape)
+        name, dims, axes, shape = "input_ids", 2, "(batch, tokens)", tuple(input_ids.shape)
     elif inputs_embeds is not None and input_ids is None:
-        name, dims, shape = "inputs_embeds", "(batch, tokens, hidden_size)", tuple(inputs_embeds.shape)
+        name, dims, axes, shape = "inputs_embeds", 3, "(batch, tokens, hidden_size)", tuple(inputs_embeds.shape)
     else:
         raise ValueError("Give either `input_ids` or `inputs_embeds`, exactly one of them.")
-    if len(shape) != dims.count(",") + 1 or shape[1] == 0:
-        raise ValueError(f"`{name}` must have the shape {dims} with at least one token, not {shape}.")
+    if len(shape) != dims or shape[1] == 0:
+        raise ValueError(f"`{name}` must have the shape {axes} with at least one token, not {shape}.")
     B, N = shape[:2]
     if N > n:
         raise ValueError(
@@ -213,6 +213,18 @@ def cut_into_tiles(known_lengths: list[int], B: int, N: int, size: int, multiple
         tokens = max(1, -(-longest // (parts * multiple))) * multiple
         tiles += [Tile(rows, start, min(start + tokens, longest)) for start in range(0, longest, tokens)]
     return tiles
+
+
+def join_tiles(tiles: list[Tile], B: int, N: int, make: Callable[[Tile], Tensor]) -> Tensor:
+    """What is made of every tile, (rows, tokens, D), in its place: (B, N, D), 0 where no tile is."""
+    joined = None
+    for tile in tiles:
+        made = make(tile)
+        if joined is None:
+            joined = made.new_zeros(B, N, made.shape[-1])
+        joined[tile.rows, tile.start : tile.end] = made
+    assert joined is not None
+    return joined
 
 
 def mask_padding(states: Tensor, mask: Tensor | None) -> Tensor:
@@ -477,7 +489,18 @@ class LinformerPositionBias(nn.Module):
 
 
 class LinformerSelfAttention(nn.Module):
-    """Linear attention: N queries, k slots and, with `local_window`, an exact neighbourhood (Eq. 7)."""
+    """Linear attention: N queries, k slots and, with `local_window`, an exact neighbourhood (Eq. 7).
+
+    What is done depends on what is known of the batch without looking at its values:
+
+    | known | then |
+    |---|---|
+    | all rows have N tokens | only the slots in use are made, and attention needs no mask |
+    | pooling, N <= k or N <= 2 w | slot i is token i: plain attention, no projection and no blocks |
+    | pooling, the lengths, as on CPUs | segments are pooled where they lie, else by a matrix |
+    | no gradient, many tokens | the layer works through them in tiles |
+    | nothing (`torch.export`, k by head) | the general way, which holds for all |
+    """
 
     def __init__(self, config: LinformerConfig, layer_idx: int):
         super().__init__()
@@ -511,7 +534,7 @@ class LinformerSelfAttention(nn.Module):
         """hidden_states (B, N, D) -> output (B, N, D), attention probabilities (B, H, N, keys) if `eager`"""
         states = mask_padding(reorder(hidden_states, layout.order), layout.mask)
         shared = self.build_shared_keys(states, layout, shared_projection)
-        # To slots the order of the queries is all one, so that without blocks they stay in that of the batch.
+        # The order of the queries does not matter to slots: without blocks they stay in that of the batch.
         queries, rank = (hidden_states, None) if shared.nearby_bias is None else (states, layout.rank)
         context, probabilities = self.attend(queries, shared, nearby=states, **kwargs)
         if probabilities is not None:
@@ -852,13 +875,13 @@ class LinformerLayer(GradientCheckpointingLayer):
         assert layout.tiles is not None
         states = mask_padding(reorder(hidden_states, layout.order), layout.mask)
         shared = self.attention.build_shared_keys(states, layout, shared_projection)
-        # No tile holds what lies behind the longest of its rows.
-        output = torch.empty_like(states) if layout.mask is None else torch.zeros_like(states)
-        for tile in layout.tiles:
+
+        def forward_tile(tile: Tile) -> Tensor:
             attended = self.attention.forward_tile(states, shared, tile, **kwargs)
-            part = (tile.rows, slice(tile.start, tile.end))
-            output[part] = self.add_and_feed_forward(states[part], attended)
-        return reorder(output, layout.rank)
+            return self.add_and_feed_forward(states[tile.rows, tile.start : tile.end], attended)
+
+        B, N, _ = states.shape
+        return reorder(join_tiles(layout.tiles, B, N, forward_tile), layout.rank)
 
 
 class LinformerPooler(nn.Module):
@@ -883,8 +906,7 @@ class LinformerClassificationHead(nn.Module):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
         """hidden_states (B, N, D), attention_mask (B, N) -> logits (B, num_labels)"""
-        B, N, _ = hidden_states.shape
-        mask = token_mask(attention_mask, (B, N))
+        mask = None if attention_mask is None else attention_mask != 0
         pool = first_token if self.pooling == "cls" else mean_of_tokens
         pooled = self.activation(self.dense(self.dropout(pool(hidden_states, mask))))
         return self.output(self.dropout(pooled))
@@ -963,6 +985,8 @@ class LinformerModel(LinformerPreTrainedModel):
 
     def __init__(self, config: LinformerConfig, add_pooling_layer: bool = True):
         super().__init__(config)
+        # `from_pretrained(..., key=value)` sets keys one by one, and nothing has looked at them together.
+        config.validate()
         self.embeddings = LinformerEmbeddings(config)
         shares_projection = not config.uses_pooling and config.projection_sharing == "layerwise"
         most_slots = max(max(config.slots_per_head(layer_idx)) for layer_idx in range(config.num_hidden_layers))
@@ -1039,20 +1063,22 @@ class LinformerModel(LinformerPreTrainedModel):
         needs_whole = torch.is_grad_enabled() or self.config._attn_implementation == "eager"
         if size == 0 or needs_whole or is_tracing(layout.lengths) or B * N <= size:
             return None
+        # What is hooked to attention expects to see all tokens, of long texts as of short ones.
+        attention = [module for module in self.modules() if isinstance(module, LinformerSelfAttention)]
+        if any(module._forward_hooks or module._forward_pre_hooks for module in attention):
+            return None
         tiles = cut_into_tiles(layout.known_lengths or [N], B, N, size, multiple=max(1, self.config.local_window))
         return tiles or None
 
     def embed_in_tiles(self, tiles: list[Tile], B: int, N: int, *inputs: Tensor | None) -> Tensor:
         """The embeddings (B, N, D) of inputs (1 | B, N, ...), without a second tensor of their size."""
         inputs = tuple(part if part is None else part.expand(B, *part.shape[1:]) for part in inputs)
-        embeddings = None
-        for rows, start, end in tiles:
-            tile = self.embeddings(*[part if part is None else part[rows, start:end] for part in inputs])
-            if embeddings is None:
-                embeddings = tile.new_zeros(B, N, tile.shape[-1])
-            embeddings[rows, start:end] = tile
-        assert embeddings is not None
-        return embeddings
+
+        def embed_tile(tile: Tile) -> Tensor:
+            parts = [part if part is None else part[tile.rows, tile.start : tile.end] for part in inputs]
+            return self.embeddings(*parts)
+
+        return join_tiles(tiles, B, N, embed_tile)
 
 
 def check_labels(labels: Tensor, num_labels: int):
@@ -1082,7 +1108,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | N
             f"{tuple(labels.shape)}. For several labels a row give floats and set `problem_type` to "
             "'multi_label_classification'."
         )
-    labels = labels.view(-1).to(logits.device)
+    labels = labels.view(-1).to(logits.device, torch.long)
     check_labels(labels, logits.shape[-1])
     return sum_or_mean(functional.cross_entropy, logits, labels, num_items_in_batch)
 
