@@ -9,6 +9,8 @@ from make_tables import keys_of_a_query, name_of, spread
 Row = dict[str, str]
 # What models were made of, as runs/downstream_study.sh names them.
 CONVERTED, FROM_NOVELS = "all-MiniLM-L6-v2", "novels"
+# What needs no model, from scripts/baseline.py: the same rows, whatever models were made of.
+WITHOUT_MODEL = ("majority class", "TF-IDF + logistic regression")
 # A task: its name, on how many rows models were trained and judged, and what they were before that.
 Task = tuple[str, str, str, str]
 # A model: its name, keys a query and tokens read.
@@ -22,6 +24,8 @@ def task_of(row: Row) -> Task:
 
 
 def model_of(row: Row) -> Model:
+    if row["model"] in WITHOUT_MODEL:
+        return row["model"], "", ""
     name = name_of(row) + (", taught by the twin" if row.get("teacher") else "")
     return name, keys_of_a_query(row), row["max_length"]
 
@@ -35,17 +39,29 @@ def grouped(rows: Sequence[Row]) -> dict[Task, dict[Model, dict[str, Row]]]:
     """The rows of each task, model and seed."""
     groups: dict[Task, dict[Model, dict[str, Row]]] = {}
     for row in rows:
-        groups.setdefault(task_of(row), {}).setdefault(model_of(row), {})[row["seed"]] = row
+        if row["model"] not in WITHOUT_MODEL:
+            groups.setdefault(task_of(row), {}).setdefault(model_of(row), {})[row["seed"]] = row
+    for row in rows:
+        for task, models in groups.items():
+            if row["model"] in WITHOUT_MODEL and task_of(row)[:3] == task[:3]:
+                # The rows of a task are drawn by the seed.
+                if any(row["seed"] in runs for runs in models.values()):
+                    models.setdefault(model_of(row), {})[row["seed"]] = row
     return groups
 
 
-def is_linformer(model: Model) -> bool:
-    return not model[0].endswith("(k = n), the twin")
+def is_twin(model: Model) -> bool:
+    return model[0].endswith("(k = n), the twin")
+
+
+def order_of(model: Model) -> int:
+    """The twin first, then what is compared with it, then what needs no model."""
+    return 0 if is_twin(model) else 2 if model[0] in WITHOUT_MODEL else 1
 
 
 def differences(runs: dict[str, Row], models: dict[Model, dict[str, Row]]) -> list[float]:
     """Points above the twin of the same task and seed, for each seed that it has too."""
-    twin = next((runs for model, runs in models.items() if not is_linformer(model)), {})
+    twin = next((runs for model, runs in models.items() if is_twin(model)), {})
     return [score_of(row) - score_of(twin[seed]) for seed, row in runs.items() if seed in twin]
 
 
@@ -61,13 +77,14 @@ def downstream_table(rows: Sequence[Row]) -> list[str]:
     lines = [header, ["---"] * len(header)]
     compressing: dict[tuple[str, Model], list[float]] = {}
     for (task, trained, judged, start), models in grouped(rows).items():
-        for model, runs in sorted(models.items(), key=lambda item: is_linformer(item[0])):
+        for model, runs in sorted(models.items(), key=lambda item: order_of(item[0])):
             shares = [float(row.get("compressed_share_validation") or 0) for row in runs.values()]
-            above = differences(runs, models) if is_linformer(model) else []
+            above = [] if is_twin(model) else differences(runs, models)
             if above and max(shares) > 0:
                 compressing.setdefault((start, model), []).append(sum(above) / len(above))
             counts = [f"{int(count):,}" for count in (trained, judged)]
-            cells = [start, task, *counts, *model, f"{max(shares):.0%}", str(len(runs))]
+            compressed = "" if model[0] in WITHOUT_MODEL else f"{max(shares):.0%}"
+            cells = [start, task, *counts, *model, compressed, str(len(runs))]
             lines.append([*cells, spread([score_of(row) for row in runs.values()], 1), signed(above)])
     for (start, model), values in compressing.items():
         if len(values) > 1:
@@ -79,7 +96,7 @@ def downstream_table(rows: Sequence[Row]) -> list[str]:
 def scores_table(rows: Sequence[Row]) -> list[str]:
     """In short, of what was converted: a line for each model, a column for each task, with points above the twin."""
     groups = {task: models for task, models in grouped(rows).items() if task[3] == CONVERTED}
-    models = sorted({model: None for of_task in groups.values() for model in of_task}, key=is_linformer)
+    models = sorted({model: None for of_task in groups.values() for model in of_task}, key=order_of)
     header = ["model", "keys a query", "tokens read"]
     header += [f"{task}, {int(judged):,} texts" for task, _, judged, _ in groups]
     lines = [header, ["---"] * len(header)]
@@ -87,8 +104,9 @@ def scores_table(rows: Sequence[Row]) -> list[str]:
         scores = []
         for of_task in groups.values():
             runs = of_task.get(model, {})
-            above = signed(differences(runs, of_task)) if is_linformer(model) else ""
+            above = "" if is_twin(model) else signed(differences(runs, of_task))
             score = spread([score_of(row) for row in runs.values()], 1) if runs else "–"
-            scores.append(f"{score} ({above})" if above else score)
+            seeds = f", {len(runs)} seeds" if len(runs) > 1 else ""
+            scores.append(f"{score}{seeds} ({above})" if above else score + seeds)
         lines.append([*model, *scores])
     return [f"| {' | '.join(cells)} |" for cells in lines]

@@ -114,14 +114,14 @@ def caption(row: Row, batch: str = "") -> str:
     """What all rows of a table share."""
     mode = "Forward pass" if row["mode"] == "forward" else "Training step (forward, backward, AdamW)"
     head = ", masked-LM head" if row["head"] == "masked_lm" else ""
-    device = "on the GPU" if row["device"] == "cuda" else f"on the CPU with {row['num_threads']} threads"
+    machine = row["hardware"] if row["device"] == "cuda" else f"{row['num_threads']} threads ({row['hardware']})"
     batch = batch or (
         f"batches of {row['tokens_per_batch']} tokens"
         if row["tokens_per_batch"]
         else f"batch size {row['batch_size']}"
     )
     size = f"{row['num_hidden_layers']} layers of width {row['hidden_size']}"
-    return f"{mode}{head}, {row['base_dtype']}, {device}, {batch}, {size}:"
+    return f"{mode}{head}, {row['base_dtype']}, on {machine}, {batch}, {size}:"
 
 
 def latest(rows: Sequence[Row]) -> dict[CellKey, Row]:
@@ -208,14 +208,18 @@ def targets_table(rows: list[Row]) -> list[str]:
             if not is_ours or slots_of(row) != 128 or not is_measured(row):
                 continue
             n = int(row["sequence_length"])
-            sdpa = partner(row, setting, "roberta_sdpa")
+            # What is compiled is compared with what is compiled.
+            eager, sdpa, tiled = (
+                partner(row, setting, f"roberta_{name}" + (f":{row['options']}" if row["options"] else ""))
+                for name in ("eager", "sdpa", "sdpa_tiled")
+            )
             body.append(
                 [
                     str(n),
                     display_name(row),
-                    ratio(partner(row, setting, "roberta_eager"), row, "seconds_median"),
+                    ratio(eager, row, "seconds_median"),
                     ratio(sdpa, row, "seconds_median"),
-                    ratio(partner(row, setting, "roberta_sdpa_tiled"), row, "seconds_median"),
+                    ratio(tiled, row, "seconds_median"),
                     ratio(sdpa, row, "gflop"),
                     number(row["fraction_of_peak"], 2),
                     f"{PAPER_TIME[n][128]}x" if n in PAPER_TIME else "–",

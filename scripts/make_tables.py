@@ -121,12 +121,18 @@ def table_of(path: Path, view: str | None = None) -> str:
     rows = read_rows(path)
     if not rows:
         raise UserError(f"{path} has no rows")
-    lines = table_function(path, view)(rows)
+    make = table_function(path, view)
+    lines = make(rows)
+    # Times are of one machine, which stands above each of their tables.
+    is_named = make.__module__ == "efficiency_tables"
     made_with = sorted(
-        {f"{row['hardware']}, torch {row['torch']}, transformers {row['transformers']}" for row in rows}
+        {
+            f"{'' if is_named else row['hardware'] + ', '}torch {row['torch']}, transformers {row['transformers']}"
+            for row in rows
+        }
     )
     which = f" ({path.name} says which row on which)" if len(made_with) > 1 else ""
-    return "\n".join([*lines, "", f"Measured on {'; '.join(made_with)}{which}."]) + "\n"
+    return "\n".join([*lines, "", f"Measured {'with' if is_named else 'on'} {'; '.join(made_with)}{which}."]) + "\n"
 
 
 def with_table(place: re.Match[str]) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import ROOT, UserError, parse_arguments, run_main
-from downstream_table import FROM_NOVELS, Row, differences, grouped, is_linformer
+from downstream_table import FROM_NOVELS, Row, differences, grouped, order_of
 from figures import pyplot, save_figure
 from make_tables import read_rows
 
@@ -34,7 +34,7 @@ def points(rows: Sequence[Row]) -> dict[str, dict[str, list[float]]]:
     for (task, trained, _, start), models in grouped(rows).items():
         for model, runs in models.items():
             name, keys, length = model
-            if is_linformer(model) and (values := differences(runs, models)):
+            if order_of(model) == 1 and (values := differences(runs, models)):
                 origin = f", from {start}" if start == FROM_NOVELS else ""
                 label = f"{name}, {keys} keys, reads {int(length):,}{origin}"
                 found.setdefault(label, {})[f"{task}\n{int(trained):,} rows"] = values

@@ -1109,6 +1109,14 @@ def test_baselines(folder, tmp_path, capsys):
     assert "TF-IDF + logistic regression" in capsys.readouterr().out
 
 
+def test_baselines_of_a_task_have_its_score(tmp_path):
+    data, results = save_task("mrpc", tmp_path / "mrpc"), tmp_path / "results.csv"
+    baseline.main(["--task_name", "mrpc", "--dataset_name", str(data), "--results_file", str(results)])
+    for row in csv.DictReader(results.open()):
+        assert float(row["eval_score"]) == pytest.approx((float(row["eval_accuracy"]) + float(row["eval_f1"])) / 2)
+        assert (row["task"], row["training_rows"], row["evaluated_rows"]) == ("mrpc", "24", "24")
+
+
 def test_baselines_refuse_numbers(tmp_path):
     write_csv(tmp_path / "scores.csv", "text,label\na,0.5\nb,0.7\nc,0.1\n")
     with pytest.raises(UserError, match="the labels are numbers"):
