@@ -1,5 +1,6 @@
 """Labelled examples: texts or pairs of texts with a class, several classes or a number; GLUE and IMDB by name."""
 
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -294,14 +295,35 @@ def _split_labels(split: str, dataset: Dataset, column: str, separator: str) -> 
     return dataset.add_column(column, divided, feature=datasets.List(Value("string")))
 
 
+def _is_blank(label: Any) -> bool:
+    """Whether a cell holds nothing: an empty one of a csv file is a text without a letter."""
+    return label is None or isinstance(label, str) and not label.strip()
+
+
+def _number(label: Any) -> float:
+    """The number that a label is, or that its text says; NaN for any other."""
+    try:
+        return math.nan if isinstance(label, str) and "_" in label else float(label)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _are_numbers(labels: Sequence[Any]) -> bool:
+    """Whether labels are texts that all say a number; blanks and NaN are the ones that are missing."""
+    texts = {label.strip().casefold() for label in labels if isinstance(label, str) and not _is_blank(label)} - {"nan"}
+    return bool(texts) and all(math.isfinite(_number(text)) for text in texts)
+
+
 def _label_names(split: str, dataset: Dataset, column: str, task_names: Sequence[str] | None) -> list[list[str]]:
     """The names of each row's labels: the task's or the data's own where there are any, else the values as text."""
     kind, labels = dataset.features[column], _column(dataset, column)
     if isinstance(kind, datasets.List):
         kind = kind.feature
     else:
+        if _are_numbers(labels):
+            labels = [label if math.isfinite(_number(label)) else None for label in labels]
         labels = [[label] for label in labels]
-    if rows := _rows(labels, lambda row: row is None or None in row):
+    if rows := _rows(labels, lambda row: row is None or any(map(_is_blank, row))):
         raise UserError(f"column {column!r} of the {split} set has no label in rows {rows}")
     if isinstance(kind, Value) and "float" in kind.dtype:
         example = next((label for row in labels for label in row), 0.0)
@@ -318,10 +340,24 @@ def _label_names(split: str, dataset: Dataset, column: str, task_names: Sequence
 
 
 def _numbers(split: str, dataset: Dataset, column: str) -> list[float]:
-    labels = _column(dataset, column)
-    if rows := _rows(labels, lambda label: not (isinstance(label, (int, float)) and abs(label) < float("inf"))):
+    numbers = [_number(label) for label in _column(dataset, column)]
+    if rows := _rows(numbers, lambda number: not math.isfinite(number)):
         raise UserError(f"column {column!r} of the {split} set must hold finite numbers; rows {rows} do not")
-    return [float(label) for label in labels]
+    return numbers
+
+
+def _refuse_numbers_as_text(dataset: Dataset, column: str) -> None:
+    """A cell without a number makes texts of a column of them, and every number would be a class."""
+    labels = _column(dataset, column)
+    numbers = [label.strip() for label in labels if isinstance(label, str) and math.isfinite(_number(label))]
+    if not _are_numbers(labels) or all(re.fullmatch(r"[+-]?\d+", number) for number in numbers):
+        return
+    rows = _rows(labels, lambda label: not math.isfinite(_number(label)))
+    raise UserError(
+        f"column {column!r} of the train set holds numbers such as {numbers[0]}, written as text"
+        + (f", and none in rows {rows}: mend these" if rows else "")
+        + "; to predict numbers give --do_regression true, to take each for a class --do_regression false"
+    )
 
 
 def _label_ids(
@@ -336,6 +372,8 @@ def _label_ids(
     is_float = isinstance(kind, Value) and "float" in kind.dtype
     if is_float if do_regression is None else do_regression:
         return {split: _numbers(split, dataset, column) for split, dataset in splits.items()}, Value("float32"), None
+    if do_regression is None and not several:
+        _refuse_numbers_as_text(splits["train"], column)
 
     task_names = TASKS[task_name].label_names if task_name else None
     named = {split: _label_names(split, dataset, column, task_names) for split, dataset in splits.items()}

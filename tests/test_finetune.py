@@ -992,6 +992,44 @@ def test_bad_labels_and_texts_name_their_rows(tmp_path):
         load_examples(DataArguments(dataset_name=str(tmp_path / "hub")), seed=0)
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    {
+        "classes": (["x", "", "y", "  "], "'label' of the train set has no label in rows 2, 4"),
+        "integers": (["1", "2", "NaN", ""], "'label' of the train set has no label in rows 3, 4"),
+        "numbers": (
+            ["0.5", "", "1.5", "nan"],
+            "such as 0.5, written as text, and none in rows 2, 4: .*regression true",
+        ),
+        "round numbers": (["1.0", "2.0", "", "3.0"], "such as 1.0, written as text, and none in rows 3: "),
+    }.values(),
+)
+def test_an_empty_cell_is_no_label(tmp_path, labels, message):
+    rows = "".join(f"a{label},{label}\n" for label in labels)
+    arguments = DataArguments(train_file=[str(write_csv(tmp_path / "train.csv", "text,label\n" + rows))])
+    with pytest.raises(UserError, match=message):
+        load_examples(arguments, seed=0)
+
+
+def test_numbers_that_are_written_as_text(tmp_path):
+    def arguments(labels: list[str], do_regression: bool | None = None) -> DataArguments:
+        path = tmp_path / "labels.jsonl"
+        pd.DataFrame({"text": "a", "label": labels}).to_json(path, orient="records", lines=True)
+        return DataArguments(train_file=[str(path)], validation_file=[str(path)], do_regression=do_regression)
+
+    labels = ["0.5", "1e3", " -2", "3"]
+    with pytest.raises(UserError, match="such as 0.5, written as text; to predict numbers give --do_regression true"):
+        load_examples(arguments(labels), seed=0)
+    splits, label_names = load_examples(arguments(labels, do_regression=True), seed=0)
+    assert splits["train"]["label"][:] == [0.5, 1000, -2, 3] and label_names is None
+    assert load_examples(arguments(labels, do_regression=False), seed=0)[1] == sorted(labels)
+    for bad in ("n/a", "", "NaN", "1_0", "inf"):
+        with pytest.raises(UserError, match="must hold finite numbers; rows 5 do not"):
+            load_examples(arguments([*labels, bad], do_regression=True), seed=0)
+    # A word among them makes them names, of which NaN is one.
+    assert load_examples(arguments(["0.5", "NaN", "low"]), seed=0)[1] == ["0.5", "NaN", "low"]
+
+
 BAD_OPTIONS = {
     "no data": ([], "no training data"),
     "missing file": (["--train_file", "nowhere.csv"], "nowhere.csv does not exist"),
