@@ -994,15 +994,13 @@ def test_bad_labels_and_texts_name_their_rows(tmp_path):
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    {
-        "classes": (["x", "", "y", "  "], "'label' of the train set has no label in rows 2, 4"),
-        "integers": (["1", "2", "NaN", ""], "'label' of the train set has no label in rows 3, 4"),
-        "numbers": (
-            ["0.5", "", "1.5", "nan"],
-            "such as 0.5, written as text, and none in rows 2, 4: .*regression true",
-        ),
-        "round numbers": (["1.0", "2.0", "", "3.0"], "such as 1.0, written as text, and none in rows 3: "),
-    }.values(),
+    [
+        (["x", "", "y", "  "], "'label' of the train set has no label in rows 2, 4"),
+        (["1", "2", "NaN", ""], "'label' of the train set has no label in rows 3, 4"),
+        (["0.5", "", "1.5", "nan"], "such as 0.5, written as text, and none in rows 2, 4: .*--do_regression true"),
+        (["1.0", "2.0", "", "3.0"], "such as 1.0, written as text, and none in rows 3: "),
+    ],
+    ids=["words", "integers", "numbers", "round numbers"],
 )
 def test_an_empty_cell_is_no_label(tmp_path, labels, message):
     rows = "".join(f"a{label},{label}\n" for label in labels)
