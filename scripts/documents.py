@@ -194,7 +194,7 @@ def first_row(path: Path) -> dict[str, Any] | None:
 
 
 def may_hold_text(path: Path, text_column: str | None) -> bool:
-    """Whether a table has the column, None: one of a usual name. One that cannot be read may, and is to be heard of."""
+    """Whether a table has the column, None: one of a usual name. One that cannot be read may, and is reported."""
     row = first_row(path)
     return row is None or any(name in row for name in ([text_column] if text_column else USUAL_TEXT_COLUMNS))
 
