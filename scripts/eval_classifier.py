@@ -17,6 +17,7 @@ and accuracy in 15 bins of confidence; Brier's score is the squared distance bet
 import csv
 import hashlib
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from common import UserError, append_result, format_table, one_line, parse_arguments, run_main, write_aside, write_json
-from examples import LabelledArguments, load_labelled
+from examples import LabelledArguments, count_empty, load_labelled
 from figures import pyplot, save_figure
 from finetune import longest_first, outputs_of, predictions_of, tokenize
 from metrics import ComputeMetrics, choose_metrics
@@ -330,6 +331,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     several = classifier.problem_type == "multi_label_classification"
     names = None if classifier.problem_type == "regression" else classifier.names
     examples = load_labelled(data_arguments, names, several, arguments.seed)
+    if empty := count_empty(examples):
+        print(f"warning: {empty} of {len(examples)} texts are empty", file=sys.stderr)
     lengths = lengths_of(examples, classifier.tokenizer)
     logits, labels = answer(examples, classifier, arguments.per_device_eval_batch_size)
     predictions = predictions_of(logits, classifier.problem_type).numpy()

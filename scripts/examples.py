@@ -3,7 +3,8 @@
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -400,10 +401,51 @@ def _label_ids(
     return labels, datasets.List(Value("int64")) if several else Value("int64"), names
 
 
+def count_empty(dataset: Dataset) -> int:
+    """How many examples have nothing in their text, or in either text of a pair."""
+    columns = [dataset[name] for name in ("text", "text_pair") if name in dataset.column_names]
+    return sum(not any(text.strip() for text in texts) for texts in zip(*columns))
+
+
+def describe_classes(labels: Iterable[Any], label_names: Sequence[str]) -> tuple[str, list[str]]:
+    """How many rows each class has, as a line, and what is odd about the classes.
+
+    labels: of each row an id, or a list of ids
+    """
+    counts = Counter(dict.fromkeys(range(len(label_names)), 0))
+    for label in labels:
+        counts.update(label if isinstance(label, list) else [label])
+    shown, others = counts.most_common(20), len(counts) - 20
+    line = ", ".join(f"{label_names[label]} {count:,}" for label, count in shown)
+    line += f" and {others} more classes" if others > 0 else ""
+    odd = []
+    if few := [label_names[label] for label, count in counts.items() if count < 2]:
+        more = f" and {len(few) - 10} more" if len(few) > 10 else ""
+        odd.append(f"there are fewer than 2 training rows of {', '.join(map(repr, few[:10]))}{more}")
+    alike: dict[str, list[str]] = {}
+    for name in label_names:
+        alike.setdefault(" ".join(name.casefold().split()), []).append(name)
+    odd += [f"{' and '.join(map(repr, names))} are classes of their own" for names in alike.values() if len(names) > 1]
+    return line, odd
+
+
 def _with_labels(dataset: Dataset, text_columns: Sequence[str], labels: list[Any], feature: Any) -> Dataset:
     """The columns `text`, `text_pair` (for pairs) and `label`."""
     renamed = dict(zip(text_columns, ["text", "text_pair"]))
     return dataset.select_columns(text_columns).rename_columns(renamed).add_column("label", labels, feature=feature)
+
+
+def _hold_out(examples: Dataset, rows: int, is_classes: bool, seed: int) -> tuple[Dataset, Dataset]:
+    """The examples without so many rows, and these; each class gives its share wherever it has two rows at least."""
+    counts = Counter(examples["label"]) if is_classes else Counter()
+    if not counts or min(counts.values()) < 2 or min(rows, len(examples) - rows) < len(counts):
+        divided = examples.train_test_split(test_size=rows, seed=seed)
+        return divided["train"], divided["test"]
+    # `datasets` divides by a ClassLabel alone; the rows are divided by number, so that no text is copied.
+    features = datasets.Features({"row": Value("int64"), "label": ClassLabel(num_classes=max(counts) + 1)})
+    numbered = Dataset.from_dict({"row": range(len(examples)), "label": examples["label"][:]}, features)
+    divided = numbered.train_test_split(test_size=rows, seed=seed, stratify_by_column="label")
+    return examples.select(divided["train"]["row"]), examples.select(divided["test"]["row"])
 
 
 def load_examples(arguments: DataArguments, seed: int) -> tuple[DatasetDict, list[str] | None]:
@@ -431,8 +473,8 @@ def load_examples(arguments: DataArguments, seed: int) -> tuple[DatasetDict, lis
                 f"cannot hold out {arguments.validation_split_percentage} % of {len(splits['train'])} training rows; "
                 "change --validation_split_percentage or give a validation set"
             )
-        divided = splits["train"].train_test_split(test_size=held_out, seed=seed)
-        splits["train"], splits["validation"] = divided["train"], divided["test"]
+        is_classes = label_names is not None and not is_multi_label(splits)
+        splits["train"], splits["validation"] = _hold_out(splits["train"], held_out, is_classes, seed)
     for split, dataset in splits.items():
         limit = arguments.max_train_samples if split == "train" else arguments.max_eval_samples
         if limit is not None and limit < len(dataset):

@@ -199,6 +199,14 @@ def test_many_labels_and_names_that_look_like_formulas_are_drawn(tmp_path, count
     assert (tmp_path / "many.png").stat().st_size > 5_000
 
 
+def test_empty_texts_are_counted(model, texts, tmp_path, capsys):
+    rows = pd.read_csv(texts)
+    rows.loc[3:4, "text"] = ["", " "]
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    judge(model, tmp_path / "rows.csv", tmp_path / "out")
+    assert "warning: 2 of 60 texts are empty\n" in capsys.readouterr().err
+
+
 def test_bad_input_is_refused(model, texts, tmp_path):
     judge(model, texts, tmp_path / "out")
     with pytest.raises(UserError, match="holds metrics.json, predictions.csv, .* already"):

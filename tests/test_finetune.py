@@ -40,7 +40,7 @@ import common
 import finetune
 import training
 from common import UserError
-from examples import TASKS, DataArguments, load_examples, with_task
+from examples import TASKS, DataArguments, describe_classes, load_examples, with_task
 from teacher import load_classifier_teacher
 
 
@@ -149,6 +149,7 @@ def test_it_learns_and_says_so(options, tmp_path, capsys):
     assert re.search(r"epoch +step +train_loss +eval_loss +eval_accuracy", printed)
     assert re.search(r"best_epoch +" + str(found["best_epoch"]), printed)
     assert "majority_accuracy" in printed and "tokens_per_second" in printed
+    assert printed.startswith("training rows: cold 48, warm 48\n")
 
 
 def test_the_saved_folder_is_whole(trained):
@@ -732,6 +733,41 @@ def test_samples_are_drawn_by_the_seed(folder):
     assert len(drawn[0]["validation"]) == 4
 
 
+def test_rows_are_held_out_by_class(tmp_path):
+    def held_out(labels: list, seed: int, **options) -> tuple[list, list]:
+        path = tmp_path / "rows.jsonl"
+        rows = pd.DataFrame({"text": map(str, range(len(labels))), "label": labels})
+        rows.to_json(path, orient="records", lines=True)
+        splits, _ = load_examples(DataArguments(train_file=[str(path)], **options), seed=seed)
+        texts = splits["train"]["text"][:] + splits["validation"]["text"][:]
+        assert sorted(texts, key=int) == list(rows["text"])
+        for row in [*splits["train"], *splits["validation"]] if isinstance(labels[0], str) else []:
+            assert labels[int(row["text"])] == ["rare", "usual"][row["label"]]
+        return splits["validation"]["text"][:], splits["validation"]["label"][:]
+
+    labels = ["usual"] * 54 + ["rare"] * 6
+    drawn = [held_out(labels, seed, validation_split_percentage=50) for seed in range(6)]
+    assert all(sorted(ids) == [0] * 3 + [1] * 27 for _, ids in drawn)
+    assert drawn[0] == held_out(labels, 0, validation_split_percentage=50) != drawn[1]
+
+    # Where a class cannot be divided, and for numbers, rows are drawn as they always were.
+    numbered = Dataset.from_dict({"text": [str(row) for row in range(20)]})
+    as_before = numbered.train_test_split(test_size=2, seed=3)["test"]["text"][:]
+    for others in (["usual"] * 19 + ["rare"], [0.5, 1.5] * 10):
+        assert held_out(others, 3)[0] == as_before
+
+
+def test_classes_are_counted_and_odd_ones_said():
+    line, odd = describe_classes([1, 1, 0, 2, 2, 2], ["lease", "nda", "Lease "])
+    assert line == "Lease  3, nda 2, lease 1"
+    assert odd == ["there are fewer than 2 training rows of 'lease'", "'lease' and 'Lease ' are classes of their own"]
+    line, odd = describe_classes(
+        [label for label in range(25) for _ in range(2)], [f"c{label}" for label in range(25)]
+    )
+    assert line.endswith("c18 2, c19 2 and 5 more classes") and not odd
+    assert describe_classes([[0, 1], [], [1]], ["tax", "rent"])[0] == "rent 2, tax 1"
+
+
 # One optimizer step
 
 
@@ -1109,6 +1145,10 @@ def test_cut_and_empty_texts_are_counted(options, tmp_path, capsys):
     assert "warning: 12 of 48 train texts (25.0%) are longer than 32 tokens and were cut" in printed
     assert "warning: 3 of 48 train texts are empty" in printed
     assert results(tmp_path / "out")["cut_share_train"] == 0.25
+    rows.assign(text=" ").to_csv(tmp_path / "empty.csv", index=False)
+    with pytest.raises(UserError, match="all 48 training texts are empty.*--text_column"):
+        finetune.main(options("--train_file", tmp_path / "empty.csv", output="empty"))
+    assert not (tmp_path / "empty").exists()
 
 
 def test_the_command_exits_with_2_and_one_line(tmp_path):
