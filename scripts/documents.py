@@ -19,8 +19,17 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from common import FILE_TYPES, UserError, one_line
-from examples import TEXT_COLUMNS
 
+
+# Tried in this order where --text_column is not given: the names of GLUE and of the usual Hub data sets.
+TEXT_COLUMNS = [
+    ["text"],
+    ["sentence"],
+    ["sentence1", "sentence2"],
+    ["premise", "hypothesis"],
+    ["question", "sentence"],
+]
+TEXT_COLUMNS += [["question1", "question2"], ["document"], ["content"], ["review"]]
 
 # Of one value in a csv or json file: more means a quote or a bracket that is never closed.
 LARGEST_VALUE = 2**27

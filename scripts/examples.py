@@ -14,6 +14,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset, load
 from datasets.exceptions import DatasetGenerationError
 
 from common import TEXT_TYPES, UserError, load_data_files, one_line
+from documents import TEXT_COLUMNS, Document, kind_of, read_documents
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,6 @@ TASKS = {
     ),
 }
 
-# Tried in this order where --text_column is not given: the names of GLUE and of the usual Hub data sets.
-TEXT_COLUMNS = [
-    ["text"],
-    ["sentence"],
-    ["sentence1", "sentence2"],
-    ["premise", "hypothesis"],
-    ["question", "sentence"],
-]
-TEXT_COLUMNS += [["question1", "question2"], ["document"], ["content"], ["review"]]
-
 
 @dataclass
 class DataArguments:
@@ -117,7 +108,8 @@ class DataArguments:
     train_file: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Instead of --dataset_name: csv, tsv, json, jsonl or parquet, also with .gz; several if need be."
+            "help": "Instead of --dataset_name: csv, tsv, json, jsonl or parquet, also with .gz, several if need be; "
+            "or a folder that has a folder of .txt files for each class, whose name is the label."
         },
     )
     validation_file: list[str] | None = field(default=None, metadata={"help": "The same for validation."})
@@ -159,7 +151,10 @@ class LabelledArguments:
     )
     test_file: list[str] | None = field(
         default=None,
-        metadata={"help": "Instead: csv, tsv, json, jsonl or parquet, also with .gz; several if need be."},
+        metadata={
+            "help": "Instead: csv, tsv, json, jsonl or parquet, also with .gz, several if need be; or a folder that "
+            "has a folder of .txt files for each class."
+        },
     )
     text_column: list[str] | None = field(
         default=None,
@@ -207,6 +202,60 @@ def load_named(name: str, config_name: str | None) -> DatasetDict:
         raise UserError(f"cannot load the data set {name}: {one_line(error)}") from error
 
 
+def _load_folder(folder: Path) -> Dataset:
+    """The .txt files of a folder's folders: `text`, `label`, which is the name of the folder, and `file`, a name too.
+
+    Warns of files beside them. Raises `UserError` where there are none and for one that cannot be read.
+    """
+    found: dict[str, Path | None] = {}
+    others = []
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        if path.is_dir() or any(part.startswith(".") for part in inside.parts):
+            continue
+        if len(inside.parts) > 1 and kind_of(path) == ".txt":
+            found[str(inside)] = path
+        else:
+            others.append(str(inside))
+    if not found:
+        raise UserError(f"{folder} holds no folder of .txt files for each class, such as {folder}/CLASS/FILE.txt")
+    if others:
+        more = f" and {len(others) - 10} more" if len(others) > 10 else ""
+        print(
+            f"warning: files of {folder} that are no .txt in a folder of a class are left out: "
+            f"{', '.join(others[:10])}{more}",
+            file=sys.stderr,
+        )
+
+    documents: list[Document] = list(read_documents(found, {}))
+    # Empty texts are counted with those of every other kind of file.
+    if broken := [document for document in documents if document.error not in ("", "empty")]:
+        more = f"; and {len(broken) - 3} more" if len(broken) > 3 else ""
+        reasons = "; ".join(f"{document.id}: {document.error}" for document in broken[:3])
+        raise UserError(f"cannot read {len(broken)} of {len(documents)} files of {folder}: {reasons}{more}")
+    return Dataset.from_dict(
+        {
+            "text": [document.text for document in documents],
+            "label": [Path(name).parts[0] for name in found],
+            "file": list(found),
+        }
+    )
+
+
+def load_labelled_files(files: Mapping[str, Sequence[str]]) -> DatasetDict:
+    """As `load_data_files`, also of folders that have a folder for each class."""
+    splits = DatasetDict()
+    for split, paths in files.items():
+        folders = [Path(path) for path in paths if Path(path).is_dir()]
+        if 0 < len(folders) < len(paths):
+            raise UserError(f"the {split} files {list(paths)} must all be folders, or none of them")
+        if folders:
+            splits[split] = datasets.concatenate_datasets([_load_folder(folder) for folder in folders])
+        else:
+            splits |= load_data_files({split: paths})
+    return splits
+
+
 def _load_splits(arguments: DataArguments, task: Task | None) -> DatasetDict:
     names = {
         "train": arguments.train_split_name,
@@ -218,7 +267,7 @@ def _load_splits(arguments: DataArguments, task: Task | None) -> DatasetDict:
     if arguments.dataset_name is None:
         if files["train"] is None:
             raise UserError("no training data: give --task_name, --dataset_name or --train_file")
-        return load_data_files({split: paths for split, paths in files.items() if paths})
+        return load_labelled_files({split: paths for split, paths in files.items() if paths})
     available = load_named(arguments.dataset_name, arguments.dataset_config_name)
     asked = ["train", "test"] + ["validation"] * bool(arguments.validation_split_name)
     for split in asked:
@@ -226,7 +275,7 @@ def _load_splits(arguments: DataArguments, task: Task | None) -> DatasetDict:
             raise UserError(f"{arguments.dataset_name} has no split {names[split]!r}; it has {sorted(available)}")
     splits = DatasetDict({split: available[name] for split, name in names.items() if name in available})
     del files["train"]
-    return DatasetDict(splits | load_data_files({split: paths for split, paths in files.items() if paths}))
+    return DatasetDict(splits | load_labelled_files({split: paths for split, paths in files.items() if paths}))
 
 
 def _find_columns(arguments: DataArguments | LabelledArguments, dataset: Dataset) -> tuple[list[str], str]:
@@ -485,7 +534,7 @@ def load_examples(arguments: DataArguments, seed: int) -> tuple[DatasetDict, lis
 def _load_labelled_set(arguments: LabelledArguments, task: Task | None) -> tuple[Dataset, str]:
     """The rows to judge on, as they come, and what to call them."""
     if arguments.test_file:
-        return load_data_files({"test": arguments.test_file})["test"], ", ".join(arguments.test_file)
+        return load_labelled_files({"test": arguments.test_file})["test"], ", ".join(arguments.test_file)
     name = arguments.dataset_name or (task.dataset_name if task else None)
     if name is None:
         raise UserError("nothing to judge on: give --task_name, --dataset_name or --test_file")

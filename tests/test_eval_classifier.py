@@ -199,6 +199,16 @@ def test_many_labels_and_names_that_look_like_formulas_are_drawn(tmp_path, count
     assert (tmp_path / "many.png").stat().st_size > 5_000
 
 
+def test_a_folder_for_each_class(model, texts, tmp_path):
+    rows = pd.read_csv(texts).sort_values("label", kind="stable")
+    for number, row in enumerate(rows.itertuples()):
+        (tmp_path / "folders" / row.label).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folders" / row.label / f"{number:02}.txt").write_text(row.text)
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    found = [judge(model, tmp_path / name, tmp_path / f"{name} out") for name in ("rows.csv", "folders")]
+    assert found[0]["metrics"] == found[1]["metrics"] and found[1]["rows"] == 60
+
+
 def test_empty_texts_are_counted(model, texts, tmp_path, capsys):
     rows = pd.read_csv(texts)
     rows.loc[3:4, "text"] = ["", " "]

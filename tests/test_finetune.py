@@ -708,6 +708,58 @@ def test_every_format_gives_the_same_examples(formats, folder):
         assert len(splits["validation"]) == 16, name
 
 
+@pytest.fixture
+def class_folders(tmp_path) -> dict[str, Path]:
+    """The rows of `frame` in a file each, in folders of their labels."""
+    made = {}
+    for split, count, seed in (("train", 96, 0), ("validation", 16, 1000)):
+        made[split] = tmp_path / "by_class" / split
+        for number, row in enumerate(frame(count, seed).itertuples()):
+            path = made[split] / row.label / ("old" if number % 3 else "") / f"{number:03}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(row.text)
+    return made
+
+
+def test_a_folder_for_each_class(options, class_folders, folder, tmp_path, capsys):
+    arguments = DataArguments(
+        train_file=[str(class_folders["train"])], validation_file=[str(folder / "validation.csv")]
+    )
+    splits, label_names = load_examples(arguments, seed=0)
+    rows = {(row["text"], label_names[row["label"]]) for row in splits["train"]}
+    assert rows == set(frame(96, 0).itertuples(index=False, name=None)) and len(splits["train"]) == 96
+
+    (class_folders["train"] / "index.csv").write_text("text,label\na,b\n")
+    (class_folders["train"] / "cold" / ".hidden.txt").write_text("no text")
+    packed = class_folders["train"] / "warm" / "packed.txt.gz"
+    packed.write_bytes(gzip.compress(b"a crimson law"))
+    files = [part for split in class_folders for part in (f"--{split}_file", str(class_folders[split]))]
+    finetune.main(options(*files, "--test_file", class_folders["validation"]))
+    found = results(tmp_path / "out")
+    assert found["eval_accuracy"] == found["test_accuracy"] >= 0.9
+    printed = capsys.readouterr()
+    assert "training rows: warm 49, cold 48\n" in printed.out
+    assert "train that are no .txt in a folder of a class are left out: index.csv\n" in printed.err
+    baseline.main(files)
+    assert re.search(r"TF-IDF \+ logistic regression +1.0000", capsys.readouterr().out)
+
+
+def test_folders_that_cannot_be_read_are_refused(class_folders, folder):
+    def refused(message: str, *given: Path) -> None:
+        with pytest.raises(UserError, match=message):
+            load_examples(DataArguments(train_file=list(map(str, given))), seed=0)
+
+    train = class_folders["train"]
+    refused("must all be folders, or none of them", train, folder / "train.csv")
+    refused(r"holds no folder of .txt files for each class, such as .*/CLASS/FILE.txt", train / "cold" / "old")
+    refused("one label only, 'old'", train / "cold")
+    (train / "cold" / "latin1.txt").write_bytes("caf\u00e9".encode("latin1"))
+    (train / "warm" / "broken.txt.gz").write_bytes(b"no gzip")
+    refused(
+        r"cannot read 2 of 98 files of .*: cold/latin1.txt: not valid UTF-8: byte 0xe9 .*; warm/broken.txt.gz", train
+    )
+
+
 def test_words_that_csv_readers_take_for_missing_are_texts(tmp_path):
     (tmp_path / "words.csv").write_text('text,label\nNA,1\nnull,2\n"None",1\n"",2\n')
     splits, label_names = load_examples(
