@@ -5,8 +5,9 @@
     python scripts/eval_classifier.py --model_name_or_path output/mrpc --task_name mrpc --output_dir output/judged
     python scripts/eval_classifier.py ... --compare_with output/twin_judged/predictions.csv
 
-Writes to --output_dir: metrics.json; predictions.csv, a row for each text in the order of the data; for classes
-confusion_matrix.png, accuracy_by_length.png and calibration.png, for numbers predictions.png.
+Writes to --output_dir: metrics.json; predictions.csv, a row for each text in the order of the data, with its number
+there, from 1, and with --id_column its name; for classes confusion_matrix.png, accuracy_by_length.png and
+calibration.png, for numbers predictions.png.
 
 Intervals are percentiles of the metric over rows drawn again with replacement (the bootstrap). --compare_with takes
 the predictions of another model for the same rows and draws the same rows for both: the interval of the difference is
@@ -361,8 +362,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     output_dir.mkdir(parents=True, exist_ok=True)
     probabilities = (logits.sigmoid() if several else logits.softmax(-1)).numpy()
+    named_by = {name: examples[name][:] for name in ("row", "id") if name in examples.column_names}
     rows = [
-        {"row": row, "label": label_texts[row], "prediction": as_text(predictions[row], names)}
+        {name: values[row] for name, values in named_by.items()}
+        | {"label": label_texts[row], "prediction": as_text(predictions[row], names)}
         | {f"probability of {name}": float(probabilities[row, index]) for index, name in enumerate(names or [])}
         | {"tokens": int(lengths[row]), "cut": str(bool(lengths[row] > classifier.max_length)).lower()}
         | {"fingerprint": fingerprints[row]}

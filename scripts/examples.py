@@ -164,6 +164,9 @@ class LabelledArguments:
     label_separator: str | None = field(
         default=None, metadata={"help": "What stands between the labels of a text with several, e.g. ';'."}
     )
+    id_column: str | None = field(
+        default=None, metadata={"help": "A column that names the rows; of folders, `file` does."}
+    )
     max_eval_samples: int | None = field(default=None, metadata={"help": "So many rows, drawn by the seed."})
 
 
@@ -551,6 +554,7 @@ def _load_labelled_set(arguments: LabelledArguments, task: Task | None) -> tuple
 def load_labelled(arguments: LabelledArguments, names: Sequence[str] | None, several: bool, seed: int) -> Dataset:
     """One set of texts with the labels that a model knows: the columns `text`, `text_pair` (for pairs) and `label`.
 
+    Beside them `row`, the number of each in the data, from 1, and, with --id_column, `id`.
     names: the model's labels in the order of their ids, None for numbers
     several: whether the model gives a text several labels
     Labels are ids, lists of them, or numbers. Raises `UserError` for anything amiss.
@@ -561,6 +565,8 @@ def load_labelled(arguments: LabelledArguments, names: Sequence[str] | None, sev
         columns = arguments.text_column or list(task.text_columns)
         arguments = replace(arguments, text_column=columns, label_column=arguments.label_column or "label")
     text_columns, column = _find_columns(arguments, dataset)
+    if arguments.id_column and arguments.id_column not in dataset.column_names:
+        raise UserError(f"the {where} set has no column {arguments.id_column!r}; it has {dataset.column_names}")
     dataset = _checked(where, dataset, text_columns, column, arguments.label_separator)
     if isinstance(dataset.features[column], datasets.List) != several:
         raise UserError(
@@ -571,15 +577,21 @@ def load_labelled(arguments: LabelledArguments, names: Sequence[str] | None, sev
         labels: list[Any] = _numbers(where, dataset, column)
     else:
         rows = _label_names(where, dataset, column, task.label_names if task else None)
-        ids = {name: index for index, name in enumerate(names)}
+        numbers = {name: index for index, name in enumerate(names)}
         if all(re.fullmatch(r"LABEL_\d+", name) for name in names):
             # Names that nobody gave: labels are numbered.
-            ids |= {str(index): index for index in range(len(names))}
-        if unknown := sorted({name for row in rows for name in row} - ids.keys()):
+            numbers |= {str(index): index for index in range(len(names))}
+        if unknown := sorted({name for row in rows for name in row} - numbers.keys()):
             raise UserError(f"the {where} set has labels {unknown}, and the model knows {list(names)}")
-        labels = [[ids[name] for name in row] if several else ids[row[0]] for row in rows]
+        labels = [[numbers[name] for name in row] if several else numbers[row[0]] for row in rows]
     feature = Value("float32") if names is None else Value("int64")
+    ids = _column(dataset, arguments.id_column) if arguments.id_column else None
     dataset = _with_labels(dataset, text_columns, labels, datasets.List(feature) if several else feature)
+    dataset = dataset.add_column("row", list(range(1, len(dataset) + 1)), feature=Value("int64"))
+    if ids is not None:
+        dataset = dataset.add_column(
+            "id", ["" if name is None else str(name) for name in ids], feature=Value("string")
+        )
     if arguments.max_eval_samples is not None and arguments.max_eval_samples < len(dataset):
         dataset = dataset.shuffle(seed=seed).select(range(arguments.max_eval_samples))
     return dataset
