@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from common import UserError, longest_input, one_line, parse_arguments, run_main
+from common import UserError, longest_input, no_such_folder, one_line, parse_arguments, run_main
 from documents import as_text, problem_of
 
 
@@ -48,7 +48,7 @@ def load(name: str, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTraine
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load the model {name}: {one_line(error)}") from error
+        raise UserError(f"{no_such_folder(name)}cannot load the model {name}: {one_line(error)}") from error
     if lost := sorted(report["missing_keys"]):
         raise UserError(
             f"{name} is no trained classifier: it lacks {len(lost)} weights of a {type(model).__name__}, such as "

@@ -73,6 +73,15 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def no_such_folder(name: str) -> str:
+    """How the message begins about a model that could not be loaded and was meant to be a local one; else nothing.
+
+    A name such as `a/b` is looked for on the Hub where there is no such folder.
+    """
+    is_local = name.startswith(("./", "../", "/", "output/")) or "/" in name and Path(name).parent.is_dir()
+    return f"there is no folder {name}, nor a file; " if is_local and not Path(name).exists() else ""
+
+
 # Arguments
 
 

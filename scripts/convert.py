@@ -41,6 +41,7 @@ from common import (
     append_results,
     format_table,
     load_data_files,
+    no_such_folder,
     one_line,
     only_texts,
     parse_arguments,
@@ -151,7 +152,7 @@ def load_source(
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise UserError(f"cannot read the configuration of {name}: {one_line(error)}") from error
+        raise UserError(f"{no_such_folder(name)}cannot read the configuration of {name}: {one_line(error)}") from error
     head = find_head(config, find_family(config), arguments.head)
     try:
         model, report = getattr(transformers, HEADS[head].auto_class).from_pretrained(
@@ -172,7 +173,9 @@ def load_source(
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load the tokenizer {tokenizer_name}: {one_line(error)}") from error
+        raise UserError(
+            f"{no_such_folder(tokenizer_name)}cannot load the tokenizer {tokenizer_name}: {one_line(error)}"
+        ) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         # What Transformers makes of a folder without the files of one.
         raise UserError(f"the tokenizer {tokenizer_name} has no vocabulary; name the right one with --tokenizer_name")

@@ -35,7 +35,17 @@ from sklearn.metrics import ConfusionMatrixDisplay
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from common import UserError, append_result, format_table, one_line, parse_arguments, run_main, write_aside, write_json
+from common import (
+    UserError,
+    append_result,
+    format_table,
+    no_such_folder,
+    one_line,
+    parse_arguments,
+    run_main,
+    write_aside,
+    write_json,
+)
 from examples import LabelledArguments, count_empty, load_labelled
 from figures import pyplot, save_figure
 from finetune import longest_first, outputs_of, predictions_of, tokenize
@@ -326,9 +336,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(data_arguments, arguments)
     output_dir = Path(arguments.output_dir)
     started = time.perf_counter()
-    classifier = load_classifier(
-        arguments.model_name_or_path, arguments.dtype, arguments.max_length, arguments.trust_remote_code
-    )
+    name = arguments.model_name_or_path
+    try:
+        classifier = load_classifier(name, arguments.dtype, arguments.max_length, arguments.trust_remote_code)
+    except UserError as error:
+        raise UserError(f"{no_such_folder(name)}{error}") from error
     several = classifier.problem_type == "multi_label_classification"
     names = None if classifier.problem_type == "regression" else classifier.names
     examples = load_labelled(data_arguments, names, several, arguments.seed)

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
@@ -1159,6 +1160,24 @@ def test_bad_options_are_refused(options, folder, tmp_path, given, message):
     with pytest.raises(UserError, match=message) as caught:
         finetune.main(arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("script", ["finetune", "classify", "convert", "eval_classifier"])
+def test_a_folder_that_is_not_there_is_said_first(script, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    more = {
+        "finetune": ["--train_file", str(folder / "train.csv"), "--output_dir", "out"],
+        "classify": ["a text"],
+        "convert": ["--output_dir", "out"],
+        "eval_classifier": ["--test_file", str(folder / "train.csv"), "--output_dir", "out"],
+    }
+    for name in ("models/mistyped", "./mistyped", "output/mistyped", str(tmp_path / "mistyped")):
+        with pytest.raises(UserError, match=f"^there is no folder {name}, nor a file; cannot .* {name}: "):
+            import_module(script).main([*more[script], "--model_name_or_path", name])
+    for name in ("mistyped", "nobody/nothing"):
+        with pytest.raises(UserError, match=f"^cannot .* {name}: "):
+            import_module(script).main([*more[script], "--model_name_or_path", name])
 
 
 def test_a_broken_model_is_refused(trained, folder, tmp_path):
