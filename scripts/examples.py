@@ -477,7 +477,9 @@ def describe_classes(labels: Iterable[Any], label_names: Sequence[str]) -> tuple
     alike: dict[str, list[str]] = {}
     for name in label_names:
         alike.setdefault(" ".join(name.casefold().split()), []).append(name)
-    odd += [f"{' and '.join(map(repr, names))} are classes of their own" for names in alike.values() if len(names) > 1]
+    for names in alike.values():
+        if len(names) > 1:
+            odd.append(f"{' and '.join(map(repr, names))} differ in spaces and capitals alone, and are classes each")
     return line, odd
 
 

@@ -813,7 +813,10 @@ def test_rows_are_held_out_by_class(tmp_path):
 def test_classes_are_counted_and_odd_ones_said():
     line, odd = describe_classes([1, 1, 0, 2, 2, 2], ["lease", "nda", "Lease "])
     assert line == "Lease  3, nda 2, lease 1"
-    assert odd == ["there are fewer than 2 training rows of 'lease'", "'lease' and 'Lease ' are classes of their own"]
+    assert odd == [
+        "there are fewer than 2 training rows of 'lease'",
+        "'lease' and 'Lease ' differ in spaces and capitals alone, and are classes each",
+    ]
     line, odd = describe_classes(
         [label for label in range(25) for _ in range(2)], [f"c{label}" for label in range(25)]
     )
