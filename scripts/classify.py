@@ -8,6 +8,7 @@ The model is loaded as a stranger would load it: with the code that was saved be
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from common import UserError, longest_input, one_line, parse_arguments, run_main
+from common import UserError, longest_input, no_such_folder, one_line, parse_arguments, run_main
+from documents import as_text, problem_of
 
 
 @dataclass
@@ -46,7 +48,7 @@ def load(name: str, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTraine
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load the model {name}: {one_line(error)}") from error
+        raise UserError(f"{no_such_folder(name)}cannot load the model {name}: {one_line(error)}") from error
     if lost := sorted(report["missing_keys"]):
         raise UserError(
             f"{name} is no trained classifier: it lacks {len(lost)} weights of a {type(model).__name__}, such as "
@@ -62,18 +64,21 @@ def read_texts(given: Sequence[str]) -> Iterator[str]:
     elif sys.stdin.isatty():
         yield input("text: ")
     else:
-        yield from (line.rstrip("\n") for line in sys.stdin)
+        yield from (line.rstrip("\r\n") for line in as_text(sys.stdin.buffer, newline="\n"))
 
 
-def not_blank(texts: Iterable[str]) -> Iterator[tuple[int, str]]:
-    """The texts that say something, with their numbers from 1; warns of empty ones, refuses if there are no others."""
+def sound(texts: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """The texts that can be read, with their numbers from 1; warns of empty and broken ones.
+
+    Raises `UserError` if there are no others.
+    """
     found = False
     for number, text in enumerate(texts, start=1):
-        if text.strip():
+        if problem := problem_of(text):
+            print(f"warning: text {number} is {problem} and is left out", file=sys.stderr)
+        else:
             found = True
             yield number, text
-        else:
-            print(f"warning: text {number} is empty and is left out", file=sys.stderr)
     if not found:
         raise UserError("there is nothing to classify: give texts as arguments or pipe them in, one a line")
 
@@ -128,9 +133,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--{name} must be at least 1, not {getattr(arguments, name)}")
     if given and not any(text.strip() for text in given):
         raise UserError("the text to classify is empty")
+    for text in given:
+        # A word can be the name of a folder by chance; a path is not.
+        if os.path.isfile(text) or "/" in text and os.path.isdir(text):
+            raise UserError(
+                f"{text} is there as a file or folder, and only its name would be classified: scripts/predict.py "
+                "reads files, and `< FILE` gives the lines of one"
+            )
     logging.disable_progress_bar()
     model, tokenizer = load(arguments.model_name_or_path, arguments.trust_remote_code)
-    numbered = not_blank(read_texts(given))
+    numbered = sound(read_texts(given))
     # Read as they are needed, so that a long standard input takes no more memory than a batch.
     while batch := list(islice(numbered, arguments.per_device_eval_batch_size)):
         results = classify(model, tokenizer, batch, arguments.pairs, arguments.top_k)

@@ -47,10 +47,16 @@ class UserError(Exception):
     """Something the user can mend; its message is the one line that is shown, and the exit code is 2."""
 
 
-def run_main(main: Callable[[], None]) -> NoReturn:
-    """Run a script's `main` and exit: 0 done, 1 with a traceback, 2 with one line for a `UserError` or a full disk."""
+def run_main(main: Callable[[], None], resume: str = "") -> NoReturn:
+    """Run a script's `main` and exit: 0 done, 1 with a traceback, 2 with one line for a `UserError` or a full disk.
+
+    Ctrl-C gives one line and 130. resume: the option by which the script goes on after that, if it has one
+    """
     try:
         main()
+    except KeyboardInterrupt:
+        print("interrupted" + (f"; {resume} goes on" if resume else ""), file=sys.stderr)
+        sys.exit(130)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -65,6 +71,15 @@ def run_main(main: Callable[[], None]) -> NoReturn:
 def one_line(error: BaseException) -> str:
     """The message of an error on one line, or its name if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def no_such_folder(name: str) -> str:
+    """How the message begins about a model that could not be loaded and was meant to be a local one; else nothing.
+
+    A name such as `a/b` is looked for on the Hub where there is no such folder.
+    """
+    is_local = name.startswith(("./", "../", "/", "output/")) or "/" in name and Path(name).parent.is_dir()
+    return f"there is no folder {name}, nor a file; " if is_local and not Path(name).exists() else ""
 
 
 # Arguments

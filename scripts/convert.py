@@ -41,6 +41,7 @@ from common import (
     append_results,
     format_table,
     load_data_files,
+    no_such_folder,
     one_line,
     only_texts,
     parse_arguments,
@@ -143,6 +144,18 @@ class ComparisonArguments:
 # Source
 
 
+def how_to_unpickle(folder: Path) -> str:
+    """Two lines of Python for the user, where a local folder has its weights in a pickle alone; else nothing."""
+    pickled = folder / "pytorch_model.bin"
+    if not pickled.is_file() or any(folder.glob("*.safetensors")):
+        return ""
+    load = f"import torch, safetensors.torch; weights = torch.load({str(pickled)!r}, weights_only=True)"
+    # Weights that share memory cannot be saved as they are.
+    copies = "{name: weight.clone().contiguous() for name, weight in weights.items()}"
+    save = f'safetensors.torch.save_file({copies}, {str(folder / "model.safetensors")!r}, {{"format": "pt"}})'
+    return f"; here two lines of Python do: `{load}` and `{save}`"
+
+
 def load_source(
     arguments: ConversionArguments,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, PreTrainedConfig, str, list[str], list[str]]:
@@ -151,7 +164,7 @@ def load_source(
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise UserError(f"cannot read the configuration of {name}: {one_line(error)}") from error
+        raise UserError(f"{no_such_folder(name)}cannot read the configuration of {name}: {one_line(error)}") from error
     head = find_head(config, find_family(config), arguments.head)
     try:
         model, report = getattr(transformers, HEADS[head].auto_class).from_pretrained(
@@ -160,7 +173,7 @@ def load_source(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"cannot load the weights of {name}: {one_line(error)}. They must be whole, fit the configuration, and be "
-            "safetensors: for a checkpoint of pickles the Hub's converter makes them"
+            f"safetensors: for a checkpoint of pickles the Hub's converter makes them{how_to_unpickle(Path(name))}"
         ) from error
     if report["mismatched_keys"]:
         weight, found, expected = sorted(report["mismatched_keys"])[0]
@@ -172,7 +185,9 @@ def load_source(
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load the tokenizer {tokenizer_name}: {one_line(error)}") from error
+        raise UserError(
+            f"{no_such_folder(tokenizer_name)}cannot load the tokenizer {tokenizer_name}: {one_line(error)}"
+        ) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         # What Transformers makes of a folder without the files of one.
         raise UserError(f"the tokenizer {tokenizer_name} has no vocabulary; name the right one with --tokenizer_name")
@@ -374,6 +389,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"equal to the source on texts of up to {exact} tokens; largest difference of any output {difference:.1e}"
         )
     print(f"a {type(model).__name__} for up to {config.max_position_embeddings:,} tokens is in {output_dir}")
+    if arguments.max_position_embeddings is None and config.max_position_embeddings == source_n:
+        print(f"its source reads as many; --max_position_embeddings {2 * source_n} makes it read twice that")
     if is_sentence_transformer:
         print(f'SentenceTransformer("{output_dir}", trust_remote_code=True) loads it')
 

@@ -19,12 +19,22 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from common import FILE_TYPES, UserError, one_line
-from examples import TEXT_COLUMNS
 
+
+# Tried in this order where --text_column is not given: the names of GLUE and of the usual Hub data sets.
+TEXT_COLUMNS = [
+    ["text"],
+    ["sentence"],
+    ["sentence1", "sentence2"],
+    ["premise", "hypothesis"],
+    ["question", "sentence"],
+]
+TEXT_COLUMNS += [["question1", "question2"], ["document"], ["content"], ["review"]]
 
 # Of one value in a csv or json file: more means a quote or a bracket that is never closed.
 LARGEST_VALUE = 2**27
 BLOCK = 2**20
+USUAL_TEXT_COLUMNS = [names[0] for names in TEXT_COLUMNS if len(names) == 1]
 READ_ERRORS = (OSError, EOFError, ValueError, RecursionError, zlib.error, csv.Error, pa.ArrowException)
 
 
@@ -41,10 +51,27 @@ def kind_of(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def find_files(given: Sequence[str], written: Container[Path]) -> dict[str, Path | None]:
-    """The files by the names they have in the output; None: standard input. written: files that are no input"""
+def is_output(path: Path) -> bool:
+    """Whether scripts/predict.py wrote this file, in this run or another."""
+    parts = (".progress.json", ".partial", ".partial.parquet")
+    return path.name.endswith(parts) or path.with_name(path.name + ".progress.json").exists()
+
+
+def find_files(
+    given: Sequence[str], written: Container[Path], text_column: str | None = None
+) -> dict[str, Path | None]:
+    """The files by the names they have in the output; None: standard input.
+
+    written: files that are no input
+    text_column: the column of the text in tables, None: one of a usual name
+    What a folder holds beside documents is left out with a warning: files of other types, what scripts/predict.py
+    wrote, and tables without such a column. Raises `UserError` for a name that cannot be read and where nothing is
+    left.
+    """
     files: dict[str, Path | None] = {}
     others: Counter[str] = Counter()
+    outputs: list[str] = []
+    textless: list[str] = []
     for name in given:
         path = Path(name)
         if name == "-":
@@ -54,10 +81,14 @@ def find_files(given: Sequence[str], written: Container[Path]) -> dict[str, Path
                 inside = file.relative_to(path)
                 if file.is_dir() or any(part.startswith(".") for part in inside.parts) or file.resolve() in written:
                     continue
-                if kind_of(file) in FILE_TYPES:
-                    files[str(inside if len(given) == 1 else file)] = file
-                else:
+                if is_output(file):
+                    outputs.append(str(inside))
+                elif kind_of(file) not in FILE_TYPES:
                     others[kind_of(file) or "no suffix"] += 1
+                elif kind_of(file) != ".txt" and not may_hold_text(file, text_column):
+                    textless.append(str(inside))
+                else:
+                    files[str(inside if len(given) == 1 else file)] = file
         elif not path.exists():
             raise UserError(f"--input_file {name} does not exist")
         elif kind_of(path) not in FILE_TYPES:
@@ -66,11 +97,18 @@ def find_files(given: Sequence[str], written: Container[Path]) -> dict[str, Path
             raise UserError(f"--input_file {name} is what --output_file would replace")
         else:
             files[name] = path
-    if others:
-        found = ", ".join(f"{count} of {suffix}" for suffix, count in others.most_common())
-        print(f"warning: files of other types are left out: {found}", file=sys.stderr)
+    known = text_column or " or ".join(USUAL_TEXT_COLUMNS)
+    left_out = {
+        "files of other types": [f"{count} of {suffix}" for suffix, count in others.most_common()],
+        "outputs of predict.py": outputs,
+        f"tables without a column {known} (another is named with --text_column)": textless,
+    }
+    for what, names in left_out.items():
+        if names:
+            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+            print(f"warning: {what} are left out: {', '.join(names[:10])}{more}", file=sys.stderr)
     if not files:
-        raise UserError(f"--input_file {' '.join(given)} holds no file of {list(FILE_TYPES)}")
+        raise UserError(f"--input_file {' '.join(given)} holds no file of {list(FILE_TYPES)} with text")
     return files
 
 
@@ -156,12 +194,23 @@ def rows_of(path: Path, columns: list[str] | None = None) -> Iterator[Any]:
     return {".jsonl": rows_of_lines, ".json": rows_of_json}.get(kind, rows_of_csv)(path)
 
 
+def first_row(path: Path) -> dict[str, Any] | None:
+    """The first row of a table that can be read, if there is one."""
+    try:
+        return next((row for row in rows_of(path) if isinstance(row, dict)), None)
+    except READ_ERRORS:
+        return None
+
+
+def may_hold_text(path: Path, text_column: str | None) -> bool:
+    """Whether a table has the column, None: one of a usual name. One that cannot be read may, and is reported."""
+    row = first_row(path)
+    return row is None or any(name in row for name in ([text_column] if text_column else USUAL_TEXT_COLUMNS))
+
+
 def find_columns(name: str, path: Path, text_column: str | None, id_column: str | None) -> list[str]:
     """The column of the text and, if wanted, that of the id, by the first row; [] if no row can be read."""
-    try:
-        row = next((row for row in rows_of(path) if isinstance(row, dict)), None)
-    except READ_ERRORS:
-        row = None
+    row = first_row(path)
     if row is None:
         return []
     given = [column for column in (text_column, id_column) if column is not None]
@@ -169,7 +218,7 @@ def find_columns(name: str, path: Path, text_column: str | None, id_column: str 
         raise UserError(f"{name} has no column {unknown[0]!r}; it has {list(row)}")
     if text_column is not None:
         return given
-    texts = [names[0] for names in TEXT_COLUMNS if len(names) == 1 and names[0] in row][:1]
+    texts = [name for name in USUAL_TEXT_COLUMNS if name in row][:1]
     texts = texts or [key for key in row if isinstance(row[key], (str, bytes)) and key != id_column]
     if len(texts) != 1:
         raise UserError(f"cannot tell which of {list(row)} of {name} holds the text; name it with --text_column")

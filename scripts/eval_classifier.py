@@ -5,8 +5,9 @@
     python scripts/eval_classifier.py --model_name_or_path output/mrpc --task_name mrpc --output_dir output/judged
     python scripts/eval_classifier.py ... --compare_with output/twin_judged/predictions.csv
 
-Writes to --output_dir: metrics.json; predictions.csv, a row for each text in the order of the data; for classes
-confusion_matrix.png, accuracy_by_length.png and calibration.png, for numbers predictions.png.
+Writes to --output_dir: metrics.json; predictions.csv, a row for each text in the order of the data, with its number
+there, from 1, and with --id_column its name; for classes confusion_matrix.png, accuracy_by_length.png and
+calibration.png, for numbers predictions.png.
 
 Intervals are percentiles of the metric over rows drawn again with replacement (the bootstrap). --compare_with takes
 the predictions of another model for the same rows and draws the same rows for both: the interval of the difference is
@@ -17,6 +18,7 @@ and accuracy in 15 bins of confidence; Brier's score is the squared distance bet
 import csv
 import hashlib
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -33,8 +35,18 @@ from sklearn.metrics import ConfusionMatrixDisplay
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from common import UserError, append_result, format_table, one_line, parse_arguments, run_main, write_aside, write_json
-from examples import LabelledArguments, load_labelled
+from common import (
+    UserError,
+    append_result,
+    format_table,
+    no_such_folder,
+    one_line,
+    parse_arguments,
+    run_main,
+    write_aside,
+    write_json,
+)
+from examples import LabelledArguments, count_empty, load_labelled
 from figures import pyplot, save_figure
 from finetune import longest_first, outputs_of, predictions_of, tokenize
 from metrics import ComputeMetrics, choose_metrics
@@ -324,12 +336,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(data_arguments, arguments)
     output_dir = Path(arguments.output_dir)
     started = time.perf_counter()
-    classifier = load_classifier(
-        arguments.model_name_or_path, arguments.dtype, arguments.max_length, arguments.trust_remote_code
-    )
+    name = arguments.model_name_or_path
+    try:
+        classifier = load_classifier(name, arguments.dtype, arguments.max_length, arguments.trust_remote_code)
+    except UserError as error:
+        raise UserError(f"{no_such_folder(name)}{error}") from error
     several = classifier.problem_type == "multi_label_classification"
     names = None if classifier.problem_type == "regression" else classifier.names
     examples = load_labelled(data_arguments, names, several, arguments.seed)
+    if empty := count_empty(examples):
+        print(f"warning: {empty} of {len(examples)} texts are empty", file=sys.stderr)
     lengths = lengths_of(examples, classifier.tokenizer)
     logits, labels = answer(examples, classifier, arguments.per_device_eval_batch_size)
     predictions = predictions_of(logits, classifier.problem_type).numpy()
@@ -358,8 +374,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     output_dir.mkdir(parents=True, exist_ok=True)
     probabilities = (logits.sigmoid() if several else logits.softmax(-1)).numpy()
+    named_by = {name: examples[name][:] for name in ("row", "id") if name in examples.column_names}
     rows = [
-        {"row": row, "label": label_texts[row], "prediction": as_text(predictions[row], names)}
+        {name: values[row] for name, values in named_by.items()}
+        | {"label": label_texts[row], "prediction": as_text(predictions[row], names)}
         | {f"probability of {name}": float(probabilities[row, index]) for index, name in enumerate(names or [])}
         | {"tokens": int(lengths[row]), "cut": str(bool(lengths[row] > classifier.max_length)).lower()}
         | {"fingerprint": fingerprints[row]}

@@ -1,8 +1,10 @@
 """Labelled examples: texts or pairs of texts with a class, several classes or a number; GLUE and IMDB by name."""
 
+import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset, load
 from datasets.exceptions import DatasetGenerationError
 
 from common import TEXT_TYPES, UserError, load_data_files, one_line
+from documents import TEXT_COLUMNS, Document, kind_of, read_documents
 
 
 @dataclass(frozen=True)
@@ -78,16 +81,6 @@ TASKS = {
     ),
 }
 
-# Tried in this order where --text_column is not given: the names of GLUE and of the usual Hub data sets.
-TEXT_COLUMNS = [
-    ["text"],
-    ["sentence"],
-    ["sentence1", "sentence2"],
-    ["premise", "hypothesis"],
-    ["question", "sentence"],
-]
-TEXT_COLUMNS += [["question1", "question2"], ["document"], ["content"], ["review"]]
-
 
 @dataclass
 class DataArguments:
@@ -115,7 +108,8 @@ class DataArguments:
     train_file: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Instead of --dataset_name: csv, tsv, json, jsonl or parquet, also with .gz; several if need be."
+            "help": "Instead of --dataset_name: csv, tsv, json, jsonl or parquet, also with .gz, several if need be; "
+            "or a folder that has a folder of .txt files for each class, whose name is the label."
         },
     )
     validation_file: list[str] | None = field(default=None, metadata={"help": "The same for validation."})
@@ -157,7 +151,10 @@ class LabelledArguments:
     )
     test_file: list[str] | None = field(
         default=None,
-        metadata={"help": "Instead: csv, tsv, json, jsonl or parquet, also with .gz; several if need be."},
+        metadata={
+            "help": "Instead: csv, tsv, json, jsonl or parquet, also with .gz, several if need be; or a folder that "
+            "has a folder of .txt files for each class."
+        },
     )
     text_column: list[str] | None = field(
         default=None,
@@ -166,6 +163,9 @@ class LabelledArguments:
     label_column: str | None = field(default=None, metadata={"help": "Default: label, or labels."})
     label_separator: str | None = field(
         default=None, metadata={"help": "What stands between the labels of a text with several, e.g. ';'."}
+    )
+    id_column: str | None = field(
+        default=None, metadata={"help": "A column that names the rows; of folders, `file` does."}
     )
     max_eval_samples: int | None = field(default=None, metadata={"help": "So many rows, drawn by the seed."})
 
@@ -205,6 +205,60 @@ def load_named(name: str, config_name: str | None) -> DatasetDict:
         raise UserError(f"cannot load the data set {name}: {one_line(error)}") from error
 
 
+def _load_folder(folder: Path) -> Dataset:
+    """The .txt files of a folder's folders: `text`, `label`, which is the name of the folder, and `file`, a name too.
+
+    Warns of files beside them. Raises `UserError` where there are none and for one that cannot be read.
+    """
+    found: dict[str, Path | None] = {}
+    others = []
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        if path.is_dir() or any(part.startswith(".") for part in inside.parts):
+            continue
+        if len(inside.parts) > 1 and kind_of(path) == ".txt":
+            found[str(inside)] = path
+        else:
+            others.append(str(inside))
+    if not found:
+        raise UserError(f"{folder} holds no folder of .txt files for each class, such as {folder}/CLASS/FILE.txt")
+    if others:
+        more = f" and {len(others) - 10} more" if len(others) > 10 else ""
+        print(
+            f"warning: files of {folder} that are no .txt in a folder of a class are left out: "
+            f"{', '.join(others[:10])}{more}",
+            file=sys.stderr,
+        )
+
+    documents: list[Document] = list(read_documents(found, {}))
+    # Empty texts are counted with those of every other kind of file.
+    if broken := [document for document in documents if document.error not in ("", "empty")]:
+        more = f"; and {len(broken) - 3} more" if len(broken) > 3 else ""
+        reasons = "; ".join(f"{document.id}: {document.error}" for document in broken[:3])
+        raise UserError(f"cannot read {len(broken)} of {len(documents)} files of {folder}: {reasons}{more}")
+    return Dataset.from_dict(
+        {
+            "text": [document.text for document in documents],
+            "label": [Path(name).parts[0] for name in found],
+            "file": list(found),
+        }
+    )
+
+
+def load_labelled_files(files: Mapping[str, Sequence[str]]) -> DatasetDict:
+    """As `load_data_files`, also of folders that have a folder for each class."""
+    splits = DatasetDict()
+    for split, paths in files.items():
+        folders = [Path(path) for path in paths if Path(path).is_dir()]
+        if 0 < len(folders) < len(paths):
+            raise UserError(f"the {split} files {list(paths)} must all be folders, or none of them")
+        if folders:
+            splits[split] = datasets.concatenate_datasets([_load_folder(folder) for folder in folders])
+        else:
+            splits |= load_data_files({split: paths})
+    return splits
+
+
 def _load_splits(arguments: DataArguments, task: Task | None) -> DatasetDict:
     names = {
         "train": arguments.train_split_name,
@@ -216,7 +270,7 @@ def _load_splits(arguments: DataArguments, task: Task | None) -> DatasetDict:
     if arguments.dataset_name is None:
         if files["train"] is None:
             raise UserError("no training data: give --task_name, --dataset_name or --train_file")
-        return load_data_files({split: paths for split, paths in files.items() if paths})
+        return load_labelled_files({split: paths for split, paths in files.items() if paths})
     available = load_named(arguments.dataset_name, arguments.dataset_config_name)
     asked = ["train", "test"] + ["validation"] * bool(arguments.validation_split_name)
     for split in asked:
@@ -224,7 +278,7 @@ def _load_splits(arguments: DataArguments, task: Task | None) -> DatasetDict:
             raise UserError(f"{arguments.dataset_name} has no split {names[split]!r}; it has {sorted(available)}")
     splits = DatasetDict({split: available[name] for split, name in names.items() if name in available})
     del files["train"]
-    return DatasetDict(splits | load_data_files({split: paths for split, paths in files.items() if paths}))
+    return DatasetDict(splits | load_labelled_files({split: paths for split, paths in files.items() if paths}))
 
 
 def _find_columns(arguments: DataArguments | LabelledArguments, dataset: Dataset) -> tuple[list[str], str]:
@@ -294,14 +348,35 @@ def _split_labels(split: str, dataset: Dataset, column: str, separator: str) -> 
     return dataset.add_column(column, divided, feature=datasets.List(Value("string")))
 
 
+def _is_blank(label: Any) -> bool:
+    """Whether a cell holds nothing: an empty one of a csv file is a text without a letter."""
+    return label is None or isinstance(label, str) and not label.strip()
+
+
+def _number(label: Any) -> float:
+    """The number that a label is, or that its text says; NaN for any other."""
+    try:
+        return math.nan if isinstance(label, str) and "_" in label else float(label)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _are_numbers(labels: Sequence[Any]) -> bool:
+    """Whether labels are texts that all say a number; blanks and NaN are the ones that are missing."""
+    texts = {label.strip().casefold() for label in labels if isinstance(label, str) and not _is_blank(label)} - {"nan"}
+    return bool(texts) and all(math.isfinite(_number(text)) for text in texts)
+
+
 def _label_names(split: str, dataset: Dataset, column: str, task_names: Sequence[str] | None) -> list[list[str]]:
     """The names of each row's labels: the task's or the data's own where there are any, else the values as text."""
     kind, labels = dataset.features[column], _column(dataset, column)
     if isinstance(kind, datasets.List):
         kind = kind.feature
     else:
+        if _are_numbers(labels):
+            labels = [label if math.isfinite(_number(label)) else None for label in labels]
         labels = [[label] for label in labels]
-    if rows := _rows(labels, lambda row: row is None or None in row):
+    if rows := _rows(labels, lambda row: row is None or any(map(_is_blank, row))):
         raise UserError(f"column {column!r} of the {split} set has no label in rows {rows}")
     if isinstance(kind, Value) and "float" in kind.dtype:
         example = next((label for row in labels for label in row), 0.0)
@@ -318,10 +393,24 @@ def _label_names(split: str, dataset: Dataset, column: str, task_names: Sequence
 
 
 def _numbers(split: str, dataset: Dataset, column: str) -> list[float]:
-    labels = _column(dataset, column)
-    if rows := _rows(labels, lambda label: not (isinstance(label, (int, float)) and abs(label) < float("inf"))):
+    numbers = [_number(label) for label in _column(dataset, column)]
+    if rows := _rows(numbers, lambda number: not math.isfinite(number)):
         raise UserError(f"column {column!r} of the {split} set must hold finite numbers; rows {rows} do not")
-    return [float(label) for label in labels]
+    return numbers
+
+
+def _refuse_numbers_as_text(dataset: Dataset, column: str) -> None:
+    """A cell without a number makes texts of a column of them, and every number would be a class."""
+    labels = _column(dataset, column)
+    numbers = [label.strip() for label in labels if isinstance(label, str) and math.isfinite(_number(label))]
+    if not _are_numbers(labels) or all(re.fullmatch(r"[+-]?\d+", number) for number in numbers):
+        return
+    rows = _rows(labels, lambda label: not math.isfinite(_number(label)))
+    raise UserError(
+        f"column {column!r} of the train set holds numbers such as {numbers[0]}, written as text"
+        + (f", and none in rows {rows}: mend these" if rows else "")
+        + "; to predict numbers give --do_regression true, to take each for a class --do_regression false"
+    )
 
 
 def _label_ids(
@@ -336,6 +425,8 @@ def _label_ids(
     is_float = isinstance(kind, Value) and "float" in kind.dtype
     if is_float if do_regression is None else do_regression:
         return {split: _numbers(split, dataset, column) for split, dataset in splits.items()}, Value("float32"), None
+    if do_regression is None and not several:
+        _refuse_numbers_as_text(splits["train"], column)
 
     task_names = TASKS[task_name].label_names if task_name else None
     named = {split: _label_names(split, dataset, column, task_names) for split, dataset in splits.items()}
@@ -362,10 +453,53 @@ def _label_ids(
     return labels, datasets.List(Value("int64")) if several else Value("int64"), names
 
 
+def count_empty(dataset: Dataset) -> int:
+    """How many examples have nothing in their text, or in either text of a pair."""
+    columns = [dataset[name] for name in ("text", "text_pair") if name in dataset.column_names]
+    return sum(not any(text.strip() for text in texts) for texts in zip(*columns))
+
+
+def describe_classes(labels: Iterable[Any], label_names: Sequence[str]) -> tuple[str, list[str]]:
+    """How many rows each class has, as a line, and what is odd about the classes.
+
+    labels: of each row an id, or a list of ids
+    """
+    counts = Counter(dict.fromkeys(range(len(label_names)), 0))
+    for label in labels:
+        counts.update(label if isinstance(label, list) else [label])
+    shown, others = counts.most_common(20), len(counts) - 20
+    line = ", ".join(f"{label_names[label]} {count:,}" for label, count in shown)
+    line += f" and {others} more classes" if others > 0 else ""
+    odd = []
+    if few := [label_names[label] for label, count in counts.items() if count < 2]:
+        more = f" and {len(few) - 10} more" if len(few) > 10 else ""
+        odd.append(f"there are fewer than 2 training rows of {', '.join(map(repr, few[:10]))}{more}")
+    alike: dict[str, list[str]] = {}
+    for name in label_names:
+        alike.setdefault(" ".join(name.casefold().split()), []).append(name)
+    for names in alike.values():
+        if len(names) > 1:
+            odd.append(f"{' and '.join(map(repr, names))} differ in spaces and capitals alone, and are classes each")
+    return line, odd
+
+
 def _with_labels(dataset: Dataset, text_columns: Sequence[str], labels: list[Any], feature: Any) -> Dataset:
     """The columns `text`, `text_pair` (for pairs) and `label`."""
     renamed = dict(zip(text_columns, ["text", "text_pair"]))
     return dataset.select_columns(text_columns).rename_columns(renamed).add_column("label", labels, feature=feature)
+
+
+def _hold_out(examples: Dataset, rows: int, is_classes: bool, seed: int) -> tuple[Dataset, Dataset]:
+    """The examples without so many rows, and these; each class gives its share wherever it has two rows at least."""
+    counts = Counter(examples["label"]) if is_classes else Counter()
+    if not counts or min(counts.values()) < 2 or min(rows, len(examples) - rows) < len(counts):
+        divided = examples.train_test_split(test_size=rows, seed=seed)
+        return divided["train"], divided["test"]
+    # `datasets` divides by a ClassLabel alone; the rows are divided by number, so that no text is copied.
+    features = datasets.Features({"row": Value("int64"), "label": ClassLabel(num_classes=max(counts) + 1)})
+    numbered = Dataset.from_dict({"row": range(len(examples)), "label": examples["label"][:]}, features)
+    divided = numbered.train_test_split(test_size=rows, seed=seed, stratify_by_column="label")
+    return examples.select(divided["train"]["row"]), examples.select(divided["test"]["row"])
 
 
 def load_examples(arguments: DataArguments, seed: int) -> tuple[DatasetDict, list[str] | None]:
@@ -393,8 +527,8 @@ def load_examples(arguments: DataArguments, seed: int) -> tuple[DatasetDict, lis
                 f"cannot hold out {arguments.validation_split_percentage} % of {len(splits['train'])} training rows; "
                 "change --validation_split_percentage or give a validation set"
             )
-        divided = splits["train"].train_test_split(test_size=held_out, seed=seed)
-        splits["train"], splits["validation"] = divided["train"], divided["test"]
+        is_classes = label_names is not None and not is_multi_label(splits)
+        splits["train"], splits["validation"] = _hold_out(splits["train"], held_out, is_classes, seed)
     for split, dataset in splits.items():
         limit = arguments.max_train_samples if split == "train" else arguments.max_eval_samples
         if limit is not None and limit < len(dataset):
@@ -405,7 +539,7 @@ def load_examples(arguments: DataArguments, seed: int) -> tuple[DatasetDict, lis
 def _load_labelled_set(arguments: LabelledArguments, task: Task | None) -> tuple[Dataset, str]:
     """The rows to judge on, as they come, and what to call them."""
     if arguments.test_file:
-        return load_data_files({"test": arguments.test_file})["test"], ", ".join(arguments.test_file)
+        return load_labelled_files({"test": arguments.test_file})["test"], ", ".join(arguments.test_file)
     name = arguments.dataset_name or (task.dataset_name if task else None)
     if name is None:
         raise UserError("nothing to judge on: give --task_name, --dataset_name or --test_file")
@@ -422,6 +556,7 @@ def _load_labelled_set(arguments: LabelledArguments, task: Task | None) -> tuple
 def load_labelled(arguments: LabelledArguments, names: Sequence[str] | None, several: bool, seed: int) -> Dataset:
     """One set of texts with the labels that a model knows: the columns `text`, `text_pair` (for pairs) and `label`.
 
+    Beside them `row`, the number of each in the data, from 1, and, with --id_column, `id`.
     names: the model's labels in the order of their ids, None for numbers
     several: whether the model gives a text several labels
     Labels are ids, lists of them, or numbers. Raises `UserError` for anything amiss.
@@ -432,6 +567,8 @@ def load_labelled(arguments: LabelledArguments, names: Sequence[str] | None, sev
         columns = arguments.text_column or list(task.text_columns)
         arguments = replace(arguments, text_column=columns, label_column=arguments.label_column or "label")
     text_columns, column = _find_columns(arguments, dataset)
+    if arguments.id_column and arguments.id_column not in dataset.column_names:
+        raise UserError(f"the {where} set has no column {arguments.id_column!r}; it has {dataset.column_names}")
     dataset = _checked(where, dataset, text_columns, column, arguments.label_separator)
     if isinstance(dataset.features[column], datasets.List) != several:
         raise UserError(
@@ -442,15 +579,21 @@ def load_labelled(arguments: LabelledArguments, names: Sequence[str] | None, sev
         labels: list[Any] = _numbers(where, dataset, column)
     else:
         rows = _label_names(where, dataset, column, task.label_names if task else None)
-        ids = {name: index for index, name in enumerate(names)}
+        numbers = {name: index for index, name in enumerate(names)}
         if all(re.fullmatch(r"LABEL_\d+", name) for name in names):
             # Names that nobody gave: labels are numbered.
-            ids |= {str(index): index for index in range(len(names))}
-        if unknown := sorted({name for row in rows for name in row} - ids.keys()):
+            numbers |= {str(index): index for index in range(len(names))}
+        if unknown := sorted({name for row in rows for name in row} - numbers.keys()):
             raise UserError(f"the {where} set has labels {unknown}, and the model knows {list(names)}")
-        labels = [[ids[name] for name in row] if several else ids[row[0]] for row in rows]
+        labels = [[numbers[name] for name in row] if several else numbers[row[0]] for row in rows]
     feature = Value("float32") if names is None else Value("int64")
+    ids = _column(dataset, arguments.id_column) if arguments.id_column else None
     dataset = _with_labels(dataset, text_columns, labels, datasets.List(feature) if several else feature)
+    dataset = dataset.add_column("row", list(range(1, len(dataset) + 1)), feature=Value("int64"))
+    if ids is not None:
+        dataset = dataset.add_column(
+            "id", ["" if name is None else str(name) for name in ids], feature=Value("string")
+        )
     if arguments.max_eval_samples is not None and arguments.max_eval_samples < len(dataset):
         dataset = dataset.shuffle(seed=seed).select(range(arguments.max_eval_samples))
     return dataset

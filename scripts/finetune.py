@@ -56,7 +56,15 @@ from common import (
     write_json,
 )
 from conversion import exact_length
-from examples import DataArguments, is_multi_label, load_examples, load_unlabelled, with_task
+from examples import (
+    DataArguments,
+    count_empty,
+    describe_classes,
+    is_multi_label,
+    load_examples,
+    load_unlabelled,
+    with_task,
+)
 from hf_linformer import LinformerConfig
 from loading import ModelArguments, load_config_and_tokenizer
 from metrics import ComputeMetrics, choose_metrics
@@ -225,13 +233,29 @@ def tokenize(
 
 
 def describe_data(
-    splits: DatasetDict, tokenized: DatasetDict, max_length: int, accelerator: Accelerator
+    splits: DatasetDict,
+    label_names: Sequence[str] | None,
+    tokenized: DatasetDict,
+    max_length: int,
+    accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Warn of empty and of cut texts; return the share of cut texts of each split."""
+    """Say how many rows the classes have, warn of odd ones and of empty and cut texts.
+
+    Returns the share of cut texts of each split. Raises `UserError` if no training text has a letter.
+    """
+    if count_empty(splits["train"]) == len(splits["train"]):
+        raise UserError(
+            f"all {len(splits['train'])} training texts are empty: there is nothing to learn; --text_column names "
+            "the column that holds the text"
+        )
+    if label_names is not None:
+        line, odd = describe_classes(splits["train"]["label"], label_names)
+        accelerator.print(f"training rows: {line}")
+        for what in odd:
+            accelerator.print(f"warning: {what}", file=sys.stderr)
     shares = {}
     for split, dataset in splits.items():
-        columns = [dataset[name] for name in dataset.column_names if name != "label"]
-        if empty := sum(not any(text.strip() for text in texts) for texts in zip(*columns)):
+        if empty := count_empty(dataset):
             accelerator.print(f"warning: {empty} of {len(dataset)} {split} texts are empty", file=sys.stderr)
         cut = sum(tokenized[split]["is_cut"])
         shares[split] = cut / len(dataset)
@@ -383,7 +407,7 @@ def run(
     with accelerator.main_process_first():
         tokenized = tokenize(examples, *tokenizing)
         unanswered = tokenize(DatasetDict(unlabelled), *tokenizing) if unlabelled else {}
-    cut_shares = describe_data(examples, tokenized, max_length, accelerator)
+    cut_shares = describe_data(examples, label_names, tokenized, max_length, accelerator)
     collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=arguments.pad_to_multiple_of)
     loaders, generator = make_loaders(tokenized, collate, arguments, accelerator.num_processes)
 
@@ -501,4 +525,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, resume="--resume_from_checkpoint last")

@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 import hf_linformer  # noqa: F401  (registers Linformer with the Auto classes)
-from common import ROOT, UserError, one_line
+from common import ROOT, UserError, no_such_folder, one_line
 
 
 @dataclass
@@ -59,7 +59,7 @@ def load_tokenizer(name: str | None, trust_remote_code: bool = False) -> PreTrai
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load the tokenizer {name}: {one_line(error)}") from error
+        raise UserError(f"{no_such_folder(name)}cannot load the tokenizer {name}: {one_line(error)}") from error
     if not tokenizer.is_fast or tokenizer.pad_token is None:
         raise UserError(f"the tokenizer {name} must be a fast one with a padding token")
     return tokenizer
@@ -87,7 +87,7 @@ def load_config_and_tokenizer(
         # Made anew, so that what must fit together is checked together.
         config = type(config)(**config.to_dict())
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise UserError(f"cannot use the configuration {name}: {one_line(error)}") from error
+        raise UserError(f"{no_such_folder(name)}cannot use the configuration {name}: {one_line(error)}") from error
     if unknown := sorted(unknown.keys() & changes.keys()):
         raise UserError(f"the configuration {name} of a {config.model_type} model has no {unknown} to override")
     if len(tokenizer) > config.vocab_size:

@@ -467,7 +467,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments((Arguments,), argv, description=__doc__)
     check_arguments(arguments)
     output = Output(Path(arguments.output_file))
-    files = find_files(arguments.input_file, [path.resolve() for path in (output.path, output.part, output.record)])
+    written = [path.resolve() for path in (output.path, output.part, output.record)]
+    files = find_files(arguments.input_file, written, arguments.text_column)
     tables = {name: path for name, path in files.items() if path and kind_of(path) != ".txt"}
     for name in ("text_column", "id_column"):
         if getattr(arguments, name) is not None and not tables:
@@ -511,4 +512,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, resume="--resume true")

@@ -423,4 +423,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, resume="--resume_from_checkpoint last")

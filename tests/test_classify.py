@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
 
-from common import UserError
+from common import UserError, run_main
 from hf_linformer import LinformerConfig, LinformerForSequenceClassification
 from tiny import save_classifier
 
@@ -77,11 +78,43 @@ def test_standard_input_in_a_fresh_process_with_the_saved_code(saved, expected, 
 
 
 def test_nothing_to_classify_is_refused(saved, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n  \n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n  \n")))
     with pytest.raises(UserError, match="there is nothing to classify"):
         in_process(saved)
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("is empty and is left out") == 2
+
+
+def test_lines_that_are_no_utf_8_are_left_out(saved, expected, monkeypatch, capsys):
+    content = "\ufeff".encode() + "caf\u00e9 of the people\n".encode("latin1") + TEXTS[0].encode() + b"\r\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    in_process(saved, "--output_format", "jsonl")
+    printed = capsys.readouterr()
+    problem = "not valid UTF-8: byte 0xe9 at position 3 of the text"
+    assert printed.err == f"warning: text 1 is {problem} and is left out\n"
+    (row,) = map(json.loads, printed.out.splitlines())
+    assert row["text"] == TEXTS[0]
+    assert row["predictions"][0]["score"] == pytest.approx(max(expected[0]), abs=1e-5)
+
+
+def test_names_of_files_are_no_texts(saved, tmp_path, monkeypatch, capsys):
+    (tmp_path / "law").mkdir()
+    (tmp_path / "law" / "a.txt").write_text("of the court")
+    monkeypatch.chdir(tmp_path)
+    for name in ("law/a.txt", "law/"):
+        with pytest.raises(UserError, match=f"{name} is there as a file or folder, .* scripts/predict.py reads files"):
+            in_process(saved, TEXTS[0], name)
+    in_process(saved, "law", "law/b.txt", "a/" * 3000)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "line"), [({}, "interrupted"), ({"resume": "--resume true"}, "interrupted; --resume true goes on")]
+)
+def test_ctrl_c_is_one_line(options, line, capsys):
+    with pytest.raises(SystemExit) as exit_code:
+        run_main(lambda: signal.raise_signal(signal.SIGINT), **options)
+    assert exit_code.value.code == 130 and capsys.readouterr().err == line + "\n"
 
 
 def test_top_k(saved, expected, capsys):

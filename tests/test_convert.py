@@ -382,6 +382,18 @@ def left_out(printed: str) -> set[str]:
     return set(lines[0].removeprefix("weights left out of the source: ").split(", ")) if lines else set()
 
 
+def test_it_says_that_longer_texts_can_be_read(tmp_path, capsys):
+    save_source(tmp_path / "source", "bert")
+    hint = f"its source reads as many; --max_position_embeddings {2 * N} makes it read twice that"
+    for given, is_said in (
+        ([], True),
+        (["--max_position_embeddings", N], False),
+        (["--max_position_embeddings", 2 * N], False),
+    ):
+        run(tmp_path / "source", tmp_path / "linformer", "--overwrite_output_dir", *given)
+        assert (hint in capsys.readouterr().out) == is_said
+
+
 def test_weights_left_out_and_new_ones_are_named(tmp_path, capsys):
     bert = save_source(tmp_path / "bert/source", "bert", transformers.BertForPreTraining)
     model = converted(tmp_path / "bert/source", head="masked_lm")
@@ -454,6 +466,11 @@ def test_a_checkpoint_of_pickles_is_refused(spoilt, refused):
     torch.save(weights, spoilt / "pytorch_model.bin")
     line = refused(spoilt)
     assert f"cannot load the weights of {spoilt}" in line and "safetensors: for a checkpoint of pickles" in line
+    # What it says to run makes what it asks for.
+    load, save = re.search("two lines of Python do: `(.*)` and `(.*)`$", line).groups()
+    exec(f"{load}\n{save}", {})
+    run(spoilt, spoilt.parent / "mended")
+    assert (spoilt.parent / "mended" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("bytes_left", [0, 5, 2000, -100])

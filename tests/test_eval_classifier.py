@@ -199,6 +199,43 @@ def test_many_labels_and_names_that_look_like_formulas_are_drawn(tmp_path, count
     assert (tmp_path / "many.png").stat().st_size > 5_000
 
 
+def test_a_folder_for_each_class(model, texts, tmp_path):
+    rows = pd.read_csv(texts).sort_values("label", kind="stable")
+    for number, row in enumerate(rows.itertuples()):
+        (tmp_path / "folders" / row.label).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folders" / row.label / f"{number:02}.txt").write_text(row.text)
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    found = [judge(model, tmp_path / "rows.csv", tmp_path / "table")]
+    found.append(judge(model, tmp_path / "folders", tmp_path / "out", "--id_column", "file"))
+    assert found[0]["metrics"] == found[1]["metrics"] and found[1]["rows"] == 60
+    written = list(csv.DictReader((tmp_path / "out" / "predictions.csv").open()))
+    assert [row["id"] for row in written[::59]] == ["law/00.txt", "war/59.txt"]
+
+
+def test_rows_are_those_of_the_data_and_have_names(model, texts, tmp_path):
+    names = [f"no. {number}" for number in range(1, 61)]
+    pd.read_csv(texts).assign(number=names).to_csv(tmp_path / "rows.csv", index=False)
+    drawn = ["--id_column", "number", "--max_eval_samples", 20]
+    for output, count, more in (("all", 60, []), ("drawn", 20, drawn)):
+        judge(model, tmp_path / "rows.csv", tmp_path / output, *more)
+        rows = list(csv.DictReader((tmp_path / output / "predictions.csv").open()))
+        numbers = [int(row["row"]) for row in rows]
+        assert len(rows) == count and (numbers == list(range(1, 61))) == (count == 60)
+        labels = pd.read_csv(texts)["label"]
+        assert [row["label"] for row in rows] == [labels[number - 1] for number in numbers]
+        assert [row.get("id") for row in rows] == [f"no. {number}" if more else None for number in numbers]
+    with pytest.raises(UserError, match=r"has no column 'name'; it has \['text', 'label', 'number'\]"):
+        judge(model, tmp_path / "rows.csv", tmp_path / "x", "--id_column", "name")
+
+
+def test_empty_texts_are_counted(model, texts, tmp_path, capsys):
+    rows = pd.read_csv(texts)
+    rows.loc[3:4, "text"] = ["", " "]
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    judge(model, tmp_path / "rows.csv", tmp_path / "out")
+    assert "warning: 2 of 60 texts are empty\n" in capsys.readouterr().err
+
+
 def test_bad_input_is_refused(model, texts, tmp_path):
     judge(model, texts, tmp_path / "out")
     with pytest.raises(UserError, match="holds metrics.json, predictions.csv, .* already"):

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
@@ -40,7 +41,7 @@ import common
 import finetune
 import training
 from common import UserError
-from examples import TASKS, DataArguments, load_examples, with_task
+from examples import TASKS, DataArguments, describe_classes, load_examples, with_task
 from teacher import load_classifier_teacher
 
 
@@ -149,6 +150,7 @@ def test_it_learns_and_says_so(options, tmp_path, capsys):
     assert re.search(r"epoch +step +train_loss +eval_loss +eval_accuracy", printed)
     assert re.search(r"best_epoch +" + str(found["best_epoch"]), printed)
     assert "majority_accuracy" in printed and "tokens_per_second" in printed
+    assert printed.startswith("training rows: cold 48, warm 48\n")
 
 
 def test_the_saved_folder_is_whole(trained):
@@ -707,6 +709,58 @@ def test_every_format_gives_the_same_examples(formats, folder):
         assert len(splits["validation"]) == 16, name
 
 
+@pytest.fixture
+def class_folders(tmp_path) -> dict[str, Path]:
+    """The rows of `frame` in a file each, in folders of their labels."""
+    made = {}
+    for split, count, seed in (("train", 96, 0), ("validation", 16, 1000)):
+        made[split] = tmp_path / "by_class" / split
+        for number, row in enumerate(frame(count, seed).itertuples()):
+            path = made[split] / row.label / ("old" if number % 3 else "") / f"{number:03}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(row.text)
+    return made
+
+
+def test_a_folder_for_each_class(options, class_folders, folder, tmp_path, capsys):
+    arguments = DataArguments(
+        train_file=[str(class_folders["train"])], validation_file=[str(folder / "validation.csv")]
+    )
+    splits, label_names = load_examples(arguments, seed=0)
+    rows = {(row["text"], label_names[row["label"]]) for row in splits["train"]}
+    assert rows == set(frame(96, 0).itertuples(index=False, name=None)) and len(splits["train"]) == 96
+
+    (class_folders["train"] / "index.csv").write_text("text,label\na,b\n")
+    (class_folders["train"] / "cold" / ".hidden.txt").write_text("no text")
+    packed = class_folders["train"] / "warm" / "packed.txt.gz"
+    packed.write_bytes(gzip.compress(b"a crimson law"))
+    files = [part for split in class_folders for part in (f"--{split}_file", str(class_folders[split]))]
+    finetune.main(options(*files, "--test_file", class_folders["validation"]))
+    found = results(tmp_path / "out")
+    assert found["eval_accuracy"] == found["test_accuracy"] >= 0.9
+    printed = capsys.readouterr()
+    assert "training rows: warm 49, cold 48\n" in printed.out
+    assert "train that are no .txt in a folder of a class are left out: index.csv\n" in printed.err
+    baseline.main(files)
+    assert re.search(r"TF-IDF \+ logistic regression +1.0000", capsys.readouterr().out)
+
+
+def test_folders_that_cannot_be_read_are_refused(class_folders, folder):
+    def refused(message: str, *given: Path) -> None:
+        with pytest.raises(UserError, match=message):
+            load_examples(DataArguments(train_file=list(map(str, given))), seed=0)
+
+    train = class_folders["train"]
+    refused("must all be folders, or none of them", train, folder / "train.csv")
+    refused(r"holds no folder of .txt files for each class, such as .*/CLASS/FILE.txt", train / "cold" / "old")
+    refused("one label only, 'old'", train / "cold")
+    (train / "cold" / "latin1.txt").write_bytes("caf\u00e9".encode("latin1"))
+    (train / "warm" / "broken.txt.gz").write_bytes(b"no gzip")
+    refused(
+        r"cannot read 2 of 98 files of .*: cold/latin1.txt: not valid UTF-8: byte 0xe9 .*; warm/broken.txt.gz", train
+    )
+
+
 def test_words_that_csv_readers_take_for_missing_are_texts(tmp_path):
     (tmp_path / "words.csv").write_text('text,label\nNA,1\nnull,2\n"None",1\n"",2\n')
     splits, label_names = load_examples(
@@ -730,6 +784,44 @@ def test_samples_are_drawn_by_the_seed(folder):
     texts = [splits["train"]["text"][:] for splits in drawn]
     assert texts[0] == texts[1] != texts[2] and len(texts[0]) == 10
     assert len(drawn[0]["validation"]) == 4
+
+
+def test_rows_are_held_out_by_class(tmp_path):
+    def held_out(labels: list, seed: int, **options) -> tuple[list, list]:
+        path = tmp_path / "rows.jsonl"
+        rows = pd.DataFrame({"text": map(str, range(len(labels))), "label": labels})
+        rows.to_json(path, orient="records", lines=True)
+        splits, _ = load_examples(DataArguments(train_file=[str(path)], **options), seed=seed)
+        texts = splits["train"]["text"][:] + splits["validation"]["text"][:]
+        assert sorted(texts, key=int) == list(rows["text"])
+        for row in [*splits["train"], *splits["validation"]] if isinstance(labels[0], str) else []:
+            assert labels[int(row["text"])] == ["rare", "usual"][row["label"]]
+        return splits["validation"]["text"][:], splits["validation"]["label"][:]
+
+    labels = ["usual"] * 54 + ["rare"] * 6
+    drawn = [held_out(labels, seed, validation_split_percentage=50) for seed in range(6)]
+    assert all(sorted(ids) == [0] * 3 + [1] * 27 for _, ids in drawn)
+    assert drawn[0] == held_out(labels, 0, validation_split_percentage=50) != drawn[1]
+
+    # Where a class cannot be divided, and for numbers, rows are drawn as they always were.
+    numbered = Dataset.from_dict({"text": [str(row) for row in range(20)]})
+    as_before = numbered.train_test_split(test_size=2, seed=3)["test"]["text"][:]
+    for others in (["usual"] * 19 + ["rare"], [0.5, 1.5] * 10):
+        assert held_out(others, 3)[0] == as_before
+
+
+def test_classes_are_counted_and_odd_ones_said():
+    line, odd = describe_classes([1, 1, 0, 2, 2, 2], ["lease", "nda", "Lease "])
+    assert line == "Lease  3, nda 2, lease 1"
+    assert odd == [
+        "there are fewer than 2 training rows of 'lease'",
+        "'lease' and 'Lease ' differ in spaces and capitals alone, and are classes each",
+    ]
+    line, odd = describe_classes(
+        [label for label in range(25) for _ in range(2)], [f"c{label}" for label in range(25)]
+    )
+    assert line.endswith("c18 2, c19 2 and 5 more classes") and not odd
+    assert describe_classes([[0, 1], [], [1]], ["tax", "rent"])[0] == "rent 2, tax 1"
 
 
 # One optimizer step
@@ -992,6 +1084,42 @@ def test_bad_labels_and_texts_name_their_rows(tmp_path):
         load_examples(DataArguments(dataset_name=str(tmp_path / "hub")), seed=0)
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["x", "", "y", "  "], "'label' of the train set has no label in rows 2, 4"),
+        (["1", "2", "NaN", ""], "'label' of the train set has no label in rows 3, 4"),
+        (["0.5", "", "1.5", "nan"], "such as 0.5, written as text, and none in rows 2, 4: .*--do_regression true"),
+        (["1.0", "2.0", "", "3.0"], "such as 1.0, written as text, and none in rows 3: "),
+    ],
+    ids=["words", "integers", "numbers", "round numbers"],
+)
+def test_an_empty_cell_is_no_label(tmp_path, labels, message):
+    rows = "".join(f"a{label},{label}\n" for label in labels)
+    arguments = DataArguments(train_file=[str(write_csv(tmp_path / "train.csv", "text,label\n" + rows))])
+    with pytest.raises(UserError, match=message):
+        load_examples(arguments, seed=0)
+
+
+def test_numbers_that_are_written_as_text(tmp_path):
+    def arguments(labels: list[str], do_regression: bool | None = None) -> DataArguments:
+        path = tmp_path / "labels.jsonl"
+        pd.DataFrame({"text": "a", "label": labels}).to_json(path, orient="records", lines=True)
+        return DataArguments(train_file=[str(path)], validation_file=[str(path)], do_regression=do_regression)
+
+    labels = ["0.5", "1e3", " -2", "3"]
+    with pytest.raises(UserError, match="such as 0.5, written as text; to predict numbers give --do_regression true"):
+        load_examples(arguments(labels), seed=0)
+    splits, label_names = load_examples(arguments(labels, do_regression=True), seed=0)
+    assert splits["train"]["label"][:] == [0.5, 1000, -2, 3] and label_names is None
+    assert load_examples(arguments(labels, do_regression=False), seed=0)[1] == sorted(labels)
+    for bad in ("n/a", "", "NaN", "1_0", "inf"):
+        with pytest.raises(UserError, match="must hold finite numbers; rows 5 do not"):
+            load_examples(arguments([*labels, bad], do_regression=True), seed=0)
+    # A word among them makes them names, of which NaN is one.
+    assert load_examples(arguments(["0.5", "NaN", "low"]), seed=0)[1] == ["0.5", "NaN", "low"]
+
+
 BAD_OPTIONS = {
     "no data": ([], "no training data"),
     "missing file": (["--train_file", "nowhere.csv"], "nowhere.csv does not exist"),
@@ -1037,6 +1165,24 @@ def test_bad_options_are_refused(options, folder, tmp_path, given, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("script", ["finetune", "classify", "convert", "eval_classifier"])
+def test_a_folder_that_is_not_there_is_said_first(script, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    more = {
+        "finetune": ["--train_file", str(folder / "train.csv"), "--output_dir", "out"],
+        "classify": ["a text"],
+        "convert": ["--output_dir", "out"],
+        "eval_classifier": ["--test_file", str(folder / "train.csv"), "--output_dir", "out"],
+    }
+    for name in ("models/mistyped", "./mistyped", "output/mistyped", str(tmp_path / "mistyped")):
+        with pytest.raises(UserError, match=f"^there is no folder {name}, nor a file; cannot .* {name}: "):
+            import_module(script).main([*more[script], "--model_name_or_path", name])
+    for name in ("mistyped", "nobody/nothing"):
+        with pytest.raises(UserError, match=f"^cannot .* {name}: "):
+            import_module(script).main([*more[script], "--model_name_or_path", name])
+
+
 def test_a_broken_model_is_refused(trained, folder, tmp_path):
     files = ["--train_file", str(folder / "train.csv"), "--output_dir", str(tmp_path / "out")]
 
@@ -1073,6 +1219,10 @@ def test_cut_and_empty_texts_are_counted(options, tmp_path, capsys):
     assert "warning: 12 of 48 train texts (25.0%) are longer than 32 tokens and were cut" in printed
     assert "warning: 3 of 48 train texts are empty" in printed
     assert results(tmp_path / "out")["cut_share_train"] == 0.25
+    rows.assign(text=" ").to_csv(tmp_path / "empty.csv", index=False)
+    with pytest.raises(UserError, match="all 48 training texts are empty.*--text_column"):
+        finetune.main(options("--train_file", tmp_path / "empty.csv", output="empty"))
+    assert not (tmp_path / "empty").exists()
 
 
 def test_the_command_exits_with_2_and_one_line(tmp_path):
