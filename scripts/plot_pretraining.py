@@ -13,7 +13,7 @@ from pathlib import Path
 from common import ROOT, UserError, parse_arguments, run_main
 from figures import pyplot, save_figure
 from make_tables import read_rows
-from pretraining_table import Row, describe, recipe_of
+from pretraining_table import Row, describe, goes_on, recipe_of
 
 
 @dataclass
@@ -36,7 +36,8 @@ def curves(rows: list[Row]) -> dict[Panel, dict[str, dict[int, float]]]:
     last_step = {row["command"]: int(row["step"]) for row in rows}
     values: dict[Panel, dict[str, dict[int, list[float]]]] = {}
     for row in rows:
-        if not row["learning_rate"]:
+        # Only what began with nothing is compared by the tokens it has seen.
+        if not row["learning_rate"] or goes_on(row):
             continue
         where = int(row["max_length"]), last_step[row["command"]], recipe_of(row)
         panel = values.setdefault(where, {})

@@ -20,19 +20,24 @@ def last_rows(rows: list[Row]) -> list[Row]:
     return list(last.values())
 
 
+def goes_on(row: Row) -> bool:
+    """Whether a run began with a trained model, so that its tokens are not all that the model has seen."""
+    return option_of(row, "--model_name_or_path") is not None
+
+
 def describe(row: Row) -> str:
     """What a model is, in words."""
     if row["model"] == "roberta":
         return "RoBERTa, the softmax twin"
     if row["model"] != "linformer":
         return row["model"]
-    name = row["projection_type"]
+    name = ("a trained one, further: " if goes_on(row) else "") + row["projection_type"]
     if name in ("linear", "random", "convolution"):
         name += f", {row['projection_sharing']}"
     if row["projection_init"] == "segment_mean":
         name += ", from segment means"
     if row["projection_type"] == "mean_pool" and row["projected_length"] == row["max_length"]:
-        name = "softmax"
+        name = name.replace("mean_pool", "softmax")
     else:
         name += f", k = {row['projected_length']}"
     name += f", w = {row['local_window']}" if int(row["local_window"]) else ""
@@ -79,7 +84,7 @@ def pretraining_table(rows: list[Row]) -> list[str]:
         groups.items(), key=lambda item: (int(item[0][0]), int(item[0][1]))
     ):
         one = next(iter(group.values()))
-        twin = twins.get((length, step, recipe, bias_of(name)), {})
+        twin = {} if goes_on(one) else twins.get((length, step, recipe, bias_of(name)), {})
         ratios = [
             float(row["validation_perplexity"]) / float(twin[seed]["validation_perplexity"]) - 1
             for seed, row in group.items()

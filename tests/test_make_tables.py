@@ -8,6 +8,7 @@ import pytest
 import make_tables
 import plot_downstream
 import plot_efficiency
+import plot_pretraining
 from common import UserError
 from conversion_table import conversion_table, shapes_table
 from downstream_table import downstream_table, scores_table
@@ -439,6 +440,9 @@ def test_perplexities_beside_the_twin_of_the_same_recipe():
     rows = [pretrained("roberta", 600), pretrained("linformer", 540), pretrained("linformer", 360, *muon)]
     rows += [pretrained("roberta", 400, *muon), pretrained("linformer", 100, *muon, local_position_bias="True")]
     rows += [pretrained("linformer", 110, *muon, local_position_bias="True", projected_length="512")]
+    # What went on from a trained model is another one, and no curve of the figure.
+    rows += [pretrained("linformer", 50, "--model_name_or_path", "output/trained", *muon, local_position_bias="True")]
+    assert sum(len(models) for models in plot_pretraining.curves(rows).values()) == 6
     lines = {(cells[2], cells[4]): cells[6:] for cells in cells_of(pretraining_table(rows))}
     ours, twin = "mean_pool, k = 128, w = 32", "RoBERTa, the softmax twin"
     assert lines == {
@@ -448,4 +452,5 @@ def test_perplexities_beside_the_twin_of_the_same_recipe():
         (ours, "Muon, 0.001, 30%"): ["360.0", "-10.0%"],
         (f"{ours}, position bias", "Muon, 0.001, 30%"): ["100.0", "-9.1%"],
         ("softmax, w = 32, position bias", "Muon, 0.001, 30%"): ["110.0", ""],
+        (f"a trained one, further: {ours}, position bias", "Muon, 0.001, 30%"): ["50.0", ""],
     }
