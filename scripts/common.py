@@ -207,8 +207,19 @@ def load_data_files(
 TEXT_TYPES = (Value("string"), Value("large_string"))
 
 
+def refuse_other_separators(columns: Sequence[str], name: str) -> None:
+    """Raises `UserError` for a table whose only column has separators in its name: all of a row would be one text."""
+    found = {";": "semicolons", "\t": "tabs", "|": "bars"}
+    if len(columns) == 1 and (separators := [word for sign, word in found.items() if sign in str(columns[0])]):
+        raise UserError(
+            f"{name} has one column, {columns[0]!r}: its values seem to stand between {separators[0]}; save it with "
+            "commas (.csv) or tabs (.tsv)"
+        )
+
+
 def only_texts(dataset: Dataset, text_column: str, name: str) -> Dataset:
     """The column of the text alone, or a `UserError` that says what `name` holds in its place."""
+    refuse_other_separators(dataset.column_names or [], name)
     if text_column not in dataset.column_names:
         raise UserError(f"{name} has no column {text_column!r}; --text_column can be one of {dataset.column_names}")
     if dataset.features[text_column] not in TEXT_TYPES:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple, TextIO, cast
 import pyarrow as pa
 from pyarrow import parquet
 
-from common import FILE_TYPES, UserError, one_line
+from common import FILE_TYPES, UserError, one_line, refuse_other_separators
 
 
 # Tried in this order where --text_column is not given: the names of GLUE and of the usual Hub data sets.
@@ -213,6 +213,7 @@ def find_columns(name: str, path: Path, text_column: str | None, id_column: str 
     row = first_row(path)
     if row is None:
         return []
+    refuse_other_separators(list(row), name)
     given = [column for column in (text_column, id_column) if column is not None]
     if unknown := [column for column in given if column not in row]:
         raise UserError(f"{name} has no column {unknown[0]!r}; it has {list(row)}")

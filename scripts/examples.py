@@ -13,7 +13,7 @@ import datasets
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from common import TEXT_TYPES, UserError, load_data_files, one_line
+from common import TEXT_TYPES, UserError, load_data_files, one_line, refuse_other_separators
 from documents import TEXT_COLUMNS, Document, kind_of, read_documents
 
 
@@ -283,6 +283,7 @@ def _load_splits(arguments: DataArguments, task: Task | None) -> DatasetDict:
 
 def _find_columns(arguments: DataArguments | LabelledArguments, dataset: Dataset) -> tuple[list[str], str]:
     columns = dataset.column_names
+    refuse_other_separators(columns, "the data")
     label = arguments.label_column or next((name for name in ("label", "labels") if name in columns), None)
     if label is None:
         raise UserError(f"no label column found among {columns}; name it with --label_column")

@@ -1,4 +1,4 @@
-"""scripts/documents.py: which files of a folder are documents.
+"""scripts/documents.py: which files of a folder are documents, and which columns of a table are texts.
 
 python -m pytest tests/test_documents.py
 """
@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from common import UserError
+from common import UserError, load_data_files, only_texts
 from documents import find_columns, find_files
+from examples import DataArguments, load_examples
 
 
 def write_rows(path: Path, *rows: object) -> Path:
@@ -68,3 +69,19 @@ def test_a_folder_of_nothing_to_read_is_refused(tmp_path):
     write_rows(tmp_path / "index.jsonl", {"number": 1, "file": "a.txt"})
     with pytest.raises(UserError, match="holds no file of .* with text"):
         find_files([str(tmp_path)], [])
+
+
+@pytest.mark.parametrize(("sign", "word"), [(";", "semicolons"), ("\t", "tabs"), ("|", "bars")])
+def test_tables_with_other_separators_are_refused(sign, word, tmp_path):
+    """Each row of one would be one text."""
+    path = tmp_path / "contracts.csv"
+    path.write_text(
+        f"id{sign}text{sign}label\n1{sign}a lease{sign}lease\n2{sign}a secret{sign}nda\n", encoding="utf-8"
+    )
+    message = f"has one column, .*: its values seem to stand between {word}; save it with commas"
+    with pytest.raises(UserError, match=message):
+        find_columns("contracts.csv", path, None, None)
+    with pytest.raises(UserError, match=message):
+        load_examples(DataArguments(train_file=[str(path)], label_column="label"), seed=1)
+    with pytest.raises(UserError, match=message):
+        only_texts(load_data_files({"train": [str(path)]})["train"], "text", "contracts.csv")
