@@ -28,9 +28,13 @@ window=output/halves/mean_2_window_128
 [[ -d $window ]] || $python scripts/convert.py --model_name_or_path "$original" --output_dir "$window" \
     --max_position_embeddings 4096 --projected_length 2 --local_window 128 --max_eval_samples 0
 
+measured() { # model, how it reads, name of the data
+    grep -qs -e "--run_name $(basename "$1") --data_name $3 $2 --model_name_or_path" "$results"
+}
+
 match() { # model, how it reads, name of the data, file, options
     local options="--run_name $(basename "$1") --data_name $3 $2"
-    if grep -qs -e "$options --model_name_or_path" "$results"; then return; fi
+    ! measured "$@" || return 0
     # shellcheck disable=SC2086
     $python scripts/match_halves.py $options --model_name_or_path "$1" --validation_file "$data/$4" \
         --dtype bfloat16 --results_file "$results" "${@:5}"
@@ -38,9 +42,13 @@ match() { # model, how it reads, name of the data, file, options
 
 study() { # name of the data, file, options
     # What all others are compared with. Its row may be there from an earlier day, and the ranks gone.
-    local ranks=output/halves/windows-$1.csv
-    [[ -f $ranks ]] || results=$(mktemp -u) match "$original" "--method windows --max_length 256" "$@" --ranks_file "$ranks"
-    match "$original" "--method windows --max_length 256" "$@"
+    local ranks=output/halves/windows-$1.csv windows="--method windows --max_length 256"
+    if ! measured "$original" "$windows" "$1"; then
+        rm -f "$ranks"
+        match "$original" "$windows" "$@" --ranks_file "$ranks"
+    elif [[ ! -f $ranks ]]; then
+        results=$(mktemp -u) match "$original" "$windows" "$@" --ranks_file "$ranks"
+    fi
     match "$original" "--method truncate --max_length 256" "$@" --compare_with "$ranks"
     match "$original" "--method truncate --max_length 512" "$@" --compare_with "$ranks"
     match "$checkpoint" "--method truncate" "$@" --compare_with "$ranks"

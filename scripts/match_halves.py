@@ -241,9 +241,7 @@ def read_ranks(path: Path, halves: Sequence[Halves]) -> np.ndarray:
         ranks = np.array([[int(row["rank_of_first"]), int(row["rank_of_second"])] for row in rows])
         begun = [row["begins"] for row in rows]
     except (OSError, ValueError, KeyError, csv.Error) as error:
-        raise UserError(
-            f"--compare_with {path} holds no ranks of scripts/match_halves.py: {one_line(error)}"
-        ) from error
+        raise UserError(f"--compare_with {path} is no --ranks_file of this script: {one_line(error)}") from error
     if begun != [beginning(pair) for pair in halves]:
         raise UserError(f"--compare_with {path} is of {len(rows)} other documents than these {len(halves)}")
     return ranks

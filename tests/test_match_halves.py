@@ -228,6 +228,8 @@ def test_rows_of_results(bert, linformer, documents, tmp_path):
     assert table[0]["of them read"] == "100%" == table[3]["of them read"]
     assert table[2]["of them read"] == f"{10 / float(first['tokens']):.0%}"
     assert table[2]["model"] == "first" and float(table[2]["MRR"]) == round(float(first["mrr"]), 3)
+    interval = " to ".join(f"{float(first[f'recall_at_1_{end}']):.3f}" for end in ("low", "high"))
+    assert table[2]["recall@1"] == f"{float(first['recall_at_1']):.3f} ({interval})"
 
 
 def test_ranks_are_kept_and_compared(bert, linformer, documents, tmp_path):
@@ -247,6 +249,8 @@ def test_ranks_are_kept_and_compared(bert, linformer, documents, tmp_path):
     more = float(row["recall_at_1"]) - float(first["recall_at_1"])
     assert float(row["difference"]) == pytest.approx(more, abs=1e-5)
     assert float(row["difference_low"]) <= more <= float(row["difference_high"])
+    of_first, of_second = ([cell.strip() for cell in line.split("|")] for line in halves_table([first, row])[2:])
+    assert of_first[8] == "" and of_second[8].startswith(f"{more:+.3f} (") and " to " in of_second[8]
 
     before = results.read_text()
     fewer = ["--max_eval_samples", "3", "--compare_with", str(ranks)]
