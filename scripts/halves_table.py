@@ -22,10 +22,8 @@ def halves_table(rows: list[dict[str, str]]) -> list[str]:
                 f"windows of {length}" if row["method"] == "windows" else f"the first {length}",
                 f"{tokens:,.0f}",
                 f"{tokens_read / tokens:.0%}",
-                f"{float(row['recall_at_1']):.3f}" + within(row, "recall_at_1", ".3f"),
-                f"{float(row['difference']):+.3f}" + within(row, "difference", "+.3f")
-                if row.get("difference")
-                else "",
+                with_interval(row, "recall_at_1", ".3f"),
+                with_interval(row, "difference", "+.3f"),
                 f"{float(row['mrr']):.3f}",
                 f"{1000 * float(row['seconds_per_document']):,.0f}",
             ]
