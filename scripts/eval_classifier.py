@@ -49,9 +49,9 @@ from common import (
 from examples import LabelledArguments, count_empty, load_labelled
 from figures import pyplot, save_figure
 from finetune import longest_first, outputs_of, predictions_of, tokenize
+from long_texts import tokenize as tokens_of
 from metrics import ComputeMetrics, choose_metrics
 from predict import Classifier, load_classifier
-from predict import tokenize as tokens_of
 
 
 @dataclass

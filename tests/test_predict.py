@@ -35,6 +35,8 @@ from transformers import (
     T5ForSequenceClassification,
 )
 
+import answers
+import long_texts
 import predict
 from common import UserError, run_main
 from documents import rows_of
@@ -332,8 +334,8 @@ def test_the_tokenizer_says_from_which_side_is_cut(bert, documents, tmp_path, mo
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"truncation_side": "left"}))
     last = [answer(folder, text)[0] for text in TEXTS]
     assert last[0] != pytest.approx(answer(bert, TEXTS[0])[0], abs=1e-3)
-    for characters in (predict.PIECE_CHARACTERS, 60):
-        monkeypatch.setattr(predict, "PIECE_CHARACTERS", characters)
+    for characters in (long_texts.PIECE_CHARACTERS, 60):
+        monkeypatch.setattr(long_texts, "PIECE_CHARACTERS", characters)
         rows = run(folder, documents, tmp_path / "out.jsonl")
         scores = [torch.tensor(logits).softmax(-1).tolist() for logits in last]
         assert [[row[label] for label in LABELS] for row in rows] == [pytest.approx(row, abs=1e-5) for row in scores]
@@ -353,8 +355,8 @@ def test_long_texts_are_tokenized_in_pieces(kind, monkeypatch):
         return real(self, text, **kwargs)
 
     monkeypatch.setattr(type(tokenizer), "__call__", call)
-    monkeypatch.setattr(predict, "PIECE_CHARACTERS", 100)
-    monkeypatch.setattr(predict, "TOKENIZED_CHARACTERS", 300)
+    monkeypatch.setattr(long_texts, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(long_texts, "TOKENIZED_CHARACTERS", 300)
     tokens = predict.tokenize(texts, tokenizer)
     assert "".join(sum(given, [])) == "".join(texts) and max(map(len, sum(given, []))) == 100
     assert all(sum(map(len, some)) < 400 for some in given) and len(given) < len(sum(given, [])) / 2
@@ -574,14 +576,23 @@ def test_no_token_and_no_finite_number(bert, tmp_path, documents):
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     torch.nn.init.constant_(model.classifier.bias, math.nan)
     model.save_pretrained(folder)
-    rows = run(folder, documents, tmp_path / "out.jsonl")
-    assert {row["error"] for row in rows} == {"not finite: what the model answers"}
+    unanswered = "no document was answered, most often for the reason '{}': see `error` in .*out.jsonl"
+    with pytest.raises(UserError, match=unanswered.format("not finite")):
+        run(folder, documents, tmp_path / "out.jsonl")
+    assert {row["error"] for row in read(tmp_path / "out.jsonl")} == {"not finite: what the model answers"}
     # WordPiece drops control characters, after which nothing is left.
     tokenizer = tiny_tokenizer(0)
     tokenizer.backend_tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.save_pretrained(folder)
     path = write_lines(tmp_path / "control.jsonl", [{"text": "\u0001\u0002"}])
-    assert run(folder, path, tmp_path / "out.jsonl")[0]["error"] == "empty: it has no tokens"
+    with pytest.raises(UserError, match=unanswered.format("empty")):
+        run(folder, path, tmp_path / "out.jsonl")
+    assert read(tmp_path / "out.jsonl")[0]["error"] == "empty: it has no tokens"
+    # Nor does it become a success by being there.
+    given = options(folder, path, tmp_path / "out.jsonl", "--resume", "true")
+    with pytest.raises(SystemExit) as exit_code:
+        run_main(lambda: predict.main(given))
+    assert exit_code.value.code == 2
 
 
 # What is written, and going on
@@ -854,7 +865,7 @@ def test_no_more_is_read_than_a_chunk(bert, tmp_path, monkeypatch):
     path = write_lines(tmp_path / "texts.jsonl", [{"text": words(10, number)} for number in range(50)])
     run(bert, path, tmp_path / "out.jsonl", "--chunk_size", 7)
     assert [read for _, _, read in ahead] == [7, 14, 21, 28, 35, 42, 49, 50]
-    monkeypatch.setattr(predict, "CHUNK_CHARACTERS", 200)
+    monkeypatch.setattr(answers, "CHUNK_CHARACTERS", 200)
     ahead.clear()
     run(bert, path, tmp_path / "out.jsonl", "--chunk_size", 7)
     longest = max(len(words(10, number)) for number in range(50))
@@ -863,7 +874,7 @@ def test_no_more_is_read_than_a_chunk(bert, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("suffix", [".txt", ".csv", ".json", ".jsonl", ".parquet", ".jsonl.gz"])
 def test_memory_does_not_grow_with_the_documents(suffix, bert, tmp_path, monkeypatch):
-    monkeypatch.setattr(predict, "CHUNK_CHARACTERS", 40_000)
+    monkeypatch.setattr(answers, "CHUNK_CHARACTERS", 40_000)
     monkeypatch.setattr("documents.BLOCK", 2**13)
 
     def no_answers(texts, classifier, arguments):
