@@ -107,17 +107,36 @@ def batches_of(
         rows = rows[size:]
 
 
-def with_special_tokens(rows: Sequence[np.ndarray], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
-    """What the model is given for rows of tokens: around each, what the tokenizer puts around a text."""
-    example = dict(tokenizer("a", return_special_tokens_mask=True))
-    special = example.pop("special_tokens_mask")
-    start, end = special.index(0), len(special) - special[::-1].index(0)
-    return {
-        name: [
-            values[:start]
-            + (row.tolist() if name == "input_ids" else values[start : start + 1] * len(row))
-            + values[end:]
-            for row in rows
-        ]
-        for name, values in example.items()
-    }
+def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
+    """How many tokens are left of two texts of so many: the longer is cut first, as the library's tokenizers do it."""
+    if first + second <= room:
+        return first, second
+    shorter = min(first, second)
+    if 2 * shorter <= room:
+        return (shorter, room - shorter) if first <= second else (room - shorter, shorter)
+    half, more = room // 2, room - room // 2
+    return (half, more) if first <= second else (more, half)
+
+
+def with_special_tokens(
+    rows: Sequence[np.ndarray], tokenizer: PreTrainedTokenizerBase, splits: Sequence[int] | None = None
+) -> dict[str, list[list[int]]]:
+    """What the model is given for rows of tokens: around each, what the tokenizer puts around a text.
+
+    splits: where the second text of each row begins, None: a row is one text
+    """
+    texts = range(1 if splits is None else 2)
+    example = tokenizer(*("a" for _ in texts))
+    owners = example.sequence_ids(0)
+    bounds = [(owners.index(text), len(owners) - owners[::-1].index(text)) for text in texts]
+    inputs: dict[str, list[list[int]]] = {name: [] for name in example}
+    for number, row in enumerate(rows):
+        parts = [row] if splits is None else np.split(row, [splits[number]])
+        for name, values in example.items():
+            given, before = [], 0
+            for part, (start, end) in zip(parts, bounds):
+                given += values[before:start]
+                given += part.tolist() if name == "input_ids" else values[start : start + 1] * len(part)
+                before = end
+            inputs[name].append(given + values[before:])
+    return inputs

@@ -3,19 +3,23 @@
     python scripts/predict.py --model_name_or_path demo --input_file contracts/ --output_file labels.csv
     python scripts/predict.py --model_name_or_path output/contracts --input_file a.parquet b.jsonl.gz \\
         --text_column clause --id_column number --output_file labels.parquet --windows true
+    python scripts/predict.py --model_name_or_path output/mrpc --input_file pairs.csv \\
+        --text_column sentence1 sentence2 --output_file labels.csv
     cat lines.txt | python scripts/predict.py --model_name_or_path demo --input_file - --output_file labels.jsonl
 
 Columns: `id`, `label`, `score` (the label's probability), the probability of each label, `tokens`, `cut` (whether the
 text has more tokens than were read), `error` (why the document was skipped, else empty). A regression model gives
-`value` in place of labels; a multi-label model gives every label of at least --threshold, and no `score`.
+`value` in place of labels; a multi-label model gives every label of at least --threshold, and no `score`. Of pairs the
+longer text is cut first.
 
 Documents are read, classified and written in chunks, in the order of the input, and memory does not grow with their
 number. The output appears when it is whole; `<output_file>.progress.json` stays beside it and says what it is made of.
 A run that was killed goes on with --resume true and ends with the same bytes.
 """
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +37,7 @@ from transformers.utils import logging
 import hf_linformer  # noqa: F401
 from answers import (
     AnswerArguments,
+    Inputs,
     Output,
     check_answer_arguments,
     enough_memory,
@@ -41,8 +46,17 @@ from answers import (
     write_answers,
 )
 from common import UserError, one_line, parse_arguments, run_main
-from documents import Document, count_documents, read_documents
-from long_texts import batches_of, check_tokenizer, parts_of, tokenize, tokens_read, with_special_tokens
+from documents import Document, count_documents, kind_of, read_documents
+from examples import TASKS
+from long_texts import (
+    batches_of,
+    check_tokenizer,
+    longest_first,
+    parts_of,
+    tokenize,
+    tokens_read,
+    with_special_tokens,
+)
 
 
 @dataclass
@@ -53,6 +67,10 @@ class Arguments(AnswerArguments):
         metadata={"help": "Any classifier: a Hub name or a folder. Only safetensors are read."}
     )
     output_file: str = field(metadata={"help": "A .csv, .jsonl or .parquet file."})
+    text_column: list[str] | None = field(
+        default=None,
+        metadata={"help": "One column, or two for pairs of texts. Default: a usual name, or the only text."},
+    )
     windows: bool = field(
         default=False,
         metadata={"help": "Read all of a long document, in even parts; the mean of their probabilities counts."},
@@ -60,6 +78,61 @@ class Arguments(AnswerArguments):
     threshold: float = field(
         default=0.5, metadata={"help": "The least probability of the labels that a multi-label model gives."}
     )
+
+    @property
+    def reads_pairs(self) -> bool:
+        return len(self.text_column or []) == 2
+
+
+# Documents
+
+
+class Pair(NamedTuple):
+    """Two texts that are classified together, or the reason why they are not."""
+
+    id: str
+    text: str
+    text_pair: str
+    error: str
+
+
+def read_pairs(inputs: Inputs) -> Iterator[Pair]:
+    """The rows of all tables, each of which is read by both of its columns at once."""
+    for name, path in inputs.files.items():
+        # Where one of them cannot be read to its end, the file ends with the reason.
+        for first, second in zip(*(read_documents({name: path}, columns) for columns in inputs.columns)):
+            one = first if first.error else second
+            yield Pair(one.id, first.text, second.text, one.error)
+
+
+def trained_columns(name: str) -> list[str]:
+    """The columns that scripts/finetune.py was told to train a model on; [] where it does not say."""
+    try:
+        given = json.loads((Path(name) / "training_args.json").read_text(encoding="utf-8"))
+        task = TASKS.get(given.get("task_name"))
+        return list(given.get("text_column") or (task.text_columns if task else []))
+    except (OSError, ValueError, AttributeError, TypeError):
+        return []
+
+
+def check_columns(arguments: Arguments, files: Mapping[str, Path | None]) -> None:
+    """Raises `UserError` where a model would be given other texts than in training, and for pairs of no table."""
+    columns, name = arguments.text_column or [], arguments.model_name_or_path
+    trained = trained_columns(name)
+    if len(trained) == 2 and not arguments.reads_pairs:
+        raise UserError(
+            f"{name} was fine-tuned on pairs of texts, {' and '.join(trained)}: name two columns with --text_column"
+        )
+    if len(trained) == 1 and arguments.reads_pairs:
+        raise UserError(f"{name} was fine-tuned on single texts, {trained[0]}: name one column with --text_column")
+    if len(columns) > 2:
+        raise UserError(f"--text_column takes one column, or two for pairs of texts, not {len(columns)}: {columns}")
+    if not arguments.reads_pairs:
+        return
+    if arguments.windows:
+        raise UserError("--windows divides a text, and --text_column names two: of pairs the longer text is cut")
+    if plain := [file for file, path in files.items() if path is None or kind_of(path) == ".txt"]:
+        raise UserError(f"--text_column {' '.join(columns)} are two columns, and {plain[0]} is no table")
 
 
 # The model
@@ -100,9 +173,12 @@ def load_classifier(name: str, dtype: str, max_length: int | None, trust_remote_
 
 
 @torch.inference_mode()
-def forward(rows: Sequence[np.ndarray], classifier: Classifier) -> Tensor:
-    """Probabilities, or the values of a regression: (rows, labels)"""
-    inputs = with_special_tokens(rows, classifier.tokenizer)
+def forward(rows: Sequence[np.ndarray], classifier: Classifier, splits: Sequence[int] | None = None) -> Tensor:
+    """Probabilities, or the values of a regression: (rows, labels)
+
+    splits: where the second text of each row begins, None: a row is one text
+    """
+    inputs = with_special_tokens(rows, classifier.tokenizer, splits)
     batch = classifier.tokenizer.pad(inputs, return_tensors="pt").to(classifier.model.device)
     with enough_memory(batch["input_ids"].shape):
         logits = classifier.model(**batch).logits.float().cpu()
@@ -126,6 +202,24 @@ def classify(texts: Sequence[str], classifier: Classifier, arguments: Arguments)
         sums.index_add_(0, torch.tensor(documents), forward(batch, classifier))
         counts.index_add_(0, torch.tensor(documents), torch.ones(len(batch), 1))
     return sums / counts, [len(tokens) + special for tokens in tokenized]
+
+
+def classify_pairs(
+    pairs: Sequence[tuple[str, str]], classifier: Classifier, arguments: Arguments
+) -> tuple[Tensor, list[int]]:
+    """The same for pairs of texts, the longer of which is cut first."""
+    firsts, seconds = (tokenize([pair[number] for pair in pairs], classifier.tokenizer) for number in (0, 1))
+    special, side = classifier.tokenizer.num_special_tokens_to_add(pair=True), classifier.tokenizer.truncation_side
+    rows, splits = [], []
+    for document, texts in enumerate(zip(firsts, seconds)):
+        left = longest_first(len(texts[0]), len(texts[1]), classifier.max_length - special)
+        kept = [text[len(text) - count :] if side == "left" else text[:count] for text, count in zip(texts, left)]
+        rows.append((document, np.concatenate(kept)))
+        splits.append(len(kept[0]))
+    answers = torch.zeros(len(pairs), len(classifier.names))
+    for documents, batch in batches_of(rows, special, arguments.per_device_eval_batch_tokens):
+        answers[list(documents)] = forward(batch, classifier, [splits[document] for document in documents])
+    return answers, [len(first) + len(second) + special for first, second in zip(firsts, seconds)]
 
 
 # The output
@@ -153,14 +247,18 @@ def schema_of(classifier: Classifier) -> tuple[pa.Schema, list[str]]:
 
 
 def predict(
-    chunk: Sequence[Document], classifier: Classifier, columns: Sequence[str], arguments: Arguments
+    chunk: Sequence[Document | Pair], classifier: Classifier, columns: Sequence[str], arguments: Arguments
 ) -> list[dict[str, Any]]:
     """A row of the output for each document."""
     rows: list[dict[str, Any]] = [{"id": document.id, "error": document.error} for document in chunk]
-    sound = [(row, document.text) for row, document in zip(rows, chunk) if not document.error]
-    answers, lengths = classify([text for _, text in sound], classifier, arguments)
+    sound = [(row, document) for row, document in zip(rows, chunk) if not document.error]
+    if arguments.reads_pairs:
+        pairs = [(document.text, document.text_pair) for _, document in sound if isinstance(document, Pair)]
+        answers, lengths = classify_pairs(pairs, classifier, arguments)
+    else:
+        answers, lengths = classify([document.text for _, document in sound], classifier, arguments)
     for (row, _), scores, length in zip(sound, answers.tolist(), lengths):
-        if length == classifier.tokenizer.num_special_tokens_to_add():
+        if length == classifier.tokenizer.num_special_tokens_to_add(pair=arguments.reads_pairs):
             row["error"] = "empty: it has no tokens"
             continue
         if not all(map(math.isfinite, scores)):
@@ -185,17 +283,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--threshold is a probability, from 0 to 1, not {arguments.threshold}")
     output = Output(Path(arguments.output_file))
     inputs = find_inputs(arguments, output)
+    check_columns(arguments, inputs.files)
     logging.disable_progress_bar()
     classifier = load_classifier(
         arguments.model_name_or_path, arguments.dtype, arguments.max_length, arguments.trust_remote_code
     )
+    special = classifier.tokenizer.num_special_tokens_to_add(pair=arguments.reads_pairs)
+    if classifier.max_length <= special:
+        raise UserError(f"--max_length is {classifier.max_length}, and {special} tokens of a pair are special ones")
     schema, columns = schema_of(classifier)
     configuration, weights = classifier.model.config.to_json_string(), classifier.model.state_dict().values()
     identity = identity_of(arguments, classifier.max_length, configuration, classifier.tokenizer, weights)
     output.start(schema, identity, arguments.resume, arguments.overwrite)
     write_answers(
         output,
-        read_documents(inputs.files, inputs.columns[0]),
+        read_pairs(inputs) if arguments.reads_pairs else read_documents(inputs.files, inputs.columns[0]),
         count_documents(inputs.files),
         lambda chunk: predict(chunk, classifier, columns, arguments),
         arguments,

@@ -394,6 +394,111 @@ def test_a_document_of_a_megabyte(bert, expected, tmp_path):
     assert_rows([row], [expected["bert"][0] | {"tokens": 100_032}])
 
 
+@pytest.fixture
+def table_of_pairs(tmp_path) -> tuple[Path, list[tuple[str, str]]]:
+    """Of which some fit, the first, the second or both are cut, and none of them is the other."""
+    counts = [(5, 6), (10, 11), (11, 11), (30, 4), (4, 30), (10, 12), (12, 10), (40, 41), (41, 40), (1, 20), (21, 1)]
+    pairs = [(words(first, number), words(second, 99 - number)) for number, (first, second) in enumerate(counts)]
+    rows = [{"n": f"no. {number}", "claim": one, "source": two} for number, (one, two) in enumerate(pairs)]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet", row_group_size=4)
+    return tmp_path / "pairs.parquet", pairs
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", MODELS)
+def test_pairs_are_cut_and_answered_as_by_the_library(name, side, models, table_of_pairs, tmp_path):
+    path, pairs = table_of_pairs
+    folder = shutil.copytree(models[name], tmp_path / "model")
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"truncation_side": side}
+    if name == "bert":
+        config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    columns = ["--text_column", "claim", "source", "--id_column", "n"]
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # Of an even and an odd number of tokens.
+    for length in (N, N - 1):
+        rows = run(folder, path, tmp_path / "out.jsonl", *columns, "--max_length", length, "--chunk_size", 4)
+        assert [row["id"] for row in rows] == [f"no. {number}" for number in range(len(pairs))]
+        for row, pair in zip(rows, pairs, strict=True):
+            inputs = tokenizer(*pair, truncation="longest_first", max_length=length, return_tensors="pt")
+            assert ("token_type_ids" in inputs and inputs["token_type_ids"].any()) == (name == "bert")
+            with torch.no_grad():
+                scores = model(**inputs).logits[0].softmax(-1).tolist()
+            assert [row[label] for label in LABELS] == pytest.approx(scores, abs=1e-5)
+            tokens = len(tokenizer(*pair, verbose=False)["input_ids"])
+            assert (row["tokens"], row["cut"]) == (tokens, tokens > length)
+    swapped = run(folder, path, tmp_path / "out.jsonl", "--text_column", "source", "claim")
+    assert all(one["war"] != pytest.approx(other["war"], abs=1e-4) for one, other in zip(rows, swapped))
+
+
+def test_a_pair_lacks_an_answer_where_either_text_cannot_be_read(bert, tmp_path):
+    lines = [
+        '{"a": "of", "b": "the"}',
+        '{"a": "of", "b": " "}',
+        '{"a": 1, "b": "the"}',
+        "{",
+        '{"b": "the", "a": "of"}',
+    ]
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(lines * 9).encode(), mtime=0)[:-9])
+    (folder / "b.jsonl").write_text("\n".join(lines))
+    rows = run(bert, folder, tmp_path / "out.jsonl", "--text_column", "a", "b")
+    found = [(row["id"], row["error"]) for row in rows if row["id"].startswith("b.")]
+    assert found == [
+        ("b.jsonl:1", ""),
+        ("b.jsonl:2", "empty"),
+        ("b.jsonl:3", "not text: int"),
+        ("b.jsonl:4", found[3][1]),
+        ("b.jsonl:5", ""),
+    ]
+    assert found[3][1].startswith("cannot be read: Expecting")
+    broken = [row for row in rows if row["id"].startswith("a.")]
+    assert broken[-1]["id"] == "a.jsonl.gz" and "ended before the end-of-stream" in broken[-1]["error"]
+    assert [row["label"] is not None for row in rows if row["id"].startswith("b.")] == [
+        True,
+        False,
+        False,
+        False,
+        True,
+    ]
+
+
+def test_a_model_of_pairs_answers_pairs_only(bert, table_of_pairs, documents, tmp_path):
+    path, _ = table_of_pairs
+    folder = shutil.copytree(bert, tmp_path / "model")
+
+    def refused(trained: dict | str | None, given: Path, match: str, *more) -> None:
+        if trained is not None:
+            (folder / "training_args.json").write_text(json.dumps(trained))
+        with pytest.raises(UserError, match=match):
+            predict.main(options(folder, given, tmp_path / "refused.jsonl", *more))
+
+    of_pairs = "model was fine-tuned on pairs of texts, {}: name two columns with --text_column"
+    refused({"text_column": ["claim", "source"]}, documents, of_pairs.format("claim and source"))
+    refused(None, path, of_pairs.format("claim and source"), "--text_column", "claim")
+    refused({"text_column": None, "task_name": "mrpc"}, documents, of_pairs.format("sentence1 and sentence2"))
+    two = ["--text_column", "claim", "source"]
+    refused({"task_name": "imdb"}, path, "model was fine-tuned on single texts, text: name one column", *two)
+    # What says nothing of columns, or is no such file, refuses nothing.
+    for trained in ({"text_column": None, "task_name": None}, {"task_name": "other"}, {}, [], "mrpc"):
+        (folder / "training_args.json").write_text(json.dumps(trained))
+        run(folder, path, tmp_path / "out.jsonl", *two)
+    (folder / "training_args.json").write_text(json.dumps({"text_column": ["claim", "source"]}))
+    assert len(run(folder, path, tmp_path / "out.jsonl", *two)) == 11
+    refused(None, path, "--windows divides a text, and --text_column names two", *two, "--windows", "true")
+    refused(None, path, "--max_length is 3, and 3 tokens of a pair are special ones", *two, "--max_length", 3)
+    refused(None, path, "pairs.parquet has no column 'body'", "--text_column", "claim", "body")
+    refused({}, path, "takes one column, or two for pairs of texts, not 3", *two, "n")
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    shutil.copy(path, texts)
+    (texts / "a.txt").write_text("of")
+    refused(None, texts, "--text_column claim source are two columns, and a.txt is no table", *two)
+    assert not list(tmp_path.glob("refused*"))
+
+
 def test_regression_gives_values(tmp_path, documents):
     folder = save_bert(tmp_path / "value", ["LABEL_0"], problem_type="regression")
     rows = run(folder, documents, tmp_path / "out.jsonl")
