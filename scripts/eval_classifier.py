@@ -51,7 +51,7 @@ from figures import pyplot, save_figure
 from finetune import longest_first, outputs_of, predictions_of, tokenize
 from long_texts import tokenize as tokens_of
 from metrics import ComputeMetrics, choose_metrics
-from predict import Classifier, load_classifier
+from predict import Classifier, classify, load_classifier
 
 
 @dataclass
@@ -63,6 +63,10 @@ class Arguments:
     )
     output_dir: str = field(metadata={"help": "Where metrics, predictions and pictures go."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the ones that are there."})
+    windows: bool = field(
+        default=False,
+        metadata={"help": "Read all of a long text, in even parts, as scripts/predict.py does with --windows."},
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "Longer texts are cut to so many tokens. Default: all that the model reads."}
     )
@@ -287,6 +291,23 @@ def check(data_arguments: LabelledArguments, arguments: Arguments) -> None:
         )
 
 
+def answer_in_windows(examples: Dataset, classifier: Classifier, batch_size: int) -> tuple[torch.Tensor, np.ndarray]:
+    """As `answer`, of the means over all parts of each text: logits whose probabilities these are."""
+    if "text_pair" in examples.column_names:
+        raise UserError("--windows true divides one text, and these are pairs: leave it out")
+    batch_tokens = batch_size * classifier.max_length
+    means, lengths = classify(examples["text"][:], classifier, windows=True, batch_tokens=batch_tokens)
+    if empty := lengths.count(classifier.tokenizer.num_special_tokens_to_add()):
+        raise UserError(f"{empty} of {len(lengths)} texts have no tokens, and so no part to read: leave them out")
+    labels = examples["label"][:]
+    if classifier.problem_type == "regression":
+        return means, np.array(labels, dtype=float)
+    if classifier.problem_type == "multi_label_classification":
+        chosen = [[float(index in of_row) for index in range(len(classifier.names))] for of_row in labels]
+        return means.logit(), np.array(chosen)
+    return means.log(), np.array(labels)
+
+
 def answer(examples: Dataset, classifier: Classifier, batch_size: int) -> tuple[torch.Tensor, np.ndarray]:
     """Logits (rows, labels) and labels (rows,) or (rows, labels), in the order of the data."""
     accelerator = Accelerator()
@@ -347,7 +368,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if empty := count_empty(examples):
         print(f"warning: {empty} of {len(examples)} texts are empty", file=sys.stderr)
     lengths = lengths_of(examples, classifier.tokenizer)
-    logits, labels = answer(examples, classifier, arguments.per_device_eval_batch_size)
+    read = int(lengths.max()) if arguments.windows else classifier.max_length
+    answer_all = answer_in_windows if arguments.windows else answer
+    logits, labels = answer_all(examples, classifier, arguments.per_device_eval_batch_size)
     predictions = predictions_of(logits, classifier.problem_type).numpy()
     labels = labels.astype(predictions.dtype)
     label_texts = [as_text(label, names) for label in labels]
@@ -379,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         {name: values[row] for name, values in named_by.items()}
         | {"label": label_texts[row], "prediction": as_text(predictions[row], names)}
         | {f"probability of {name}": float(probabilities[row, index]) for index, name in enumerate(names or [])}
-        | {"tokens": int(lengths[row]), "cut": str(bool(lengths[row] > classifier.max_length)).lower()}
+        | {"tokens": int(lengths[row]), "cut": str(bool(lengths[row] > read)).lower()}
         | {"fingerprint": fingerprints[row]}
         for row in range(len(labels))
     ]
@@ -391,7 +414,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             results["mcnemar"] = mcnemar(models, labels)
         results["majority_accuracy"] = Counter(labels.tolist()).most_common(1)[0][1] / len(labels)
         results["calibration"] = calibration(probabilities, labels)
-        results["by_length"] = by_length(predictions == labels, lengths, classifier.max_length, confidence)
+        results["by_length"] = by_length(predictions == labels, lengths, read, confidence)
         draw_confusion(predictions, labels, names, output_dir / "confusion_matrix.png")
         draw_lengths(results["by_length"], output_dir / "accuracy_by_length.png")
         draw_calibration(results["calibration"], output_dir / "calibration.png")

@@ -187,18 +187,18 @@ def forward(rows: Sequence[np.ndarray], classifier: Classifier, splits: Sequence
     return logits.sigmoid() if classifier.problem_type == "multi_label_classification" else logits.softmax(-1)
 
 
-def classify(texts: Sequence[str], classifier: Classifier, arguments: Arguments) -> tuple[Tensor, list[int]]:
+def classify(
+    texts: Sequence[str], classifier: Classifier, windows: bool, batch_tokens: int
+) -> tuple[Tensor, list[int]]:
     """The answers to all texts (texts, labels), not finite where there is no token, and the tokens of each text."""
     tokenized = tokenize(texts, classifier.tokenizer)
     special = classifier.tokenizer.num_special_tokens_to_add()
     room, side = classifier.max_length - special, classifier.tokenizer.truncation_side
     rows = [
-        (document, part)
-        for document, tokens in enumerate(tokenized)
-        for part in parts_of(tokens, room, arguments.windows, side)
+        (document, part) for document, tokens in enumerate(tokenized) for part in parts_of(tokens, room, windows, side)
     ]
     sums, counts = torch.zeros(len(texts), len(classifier.names)), torch.zeros(len(texts), 1)
-    for documents, batch in batches_of(rows, special, arguments.per_device_eval_batch_tokens):
+    for documents, batch in batches_of(rows, special, batch_tokens):
         sums.index_add_(0, torch.tensor(documents), forward(batch, classifier))
         counts.index_add_(0, torch.tensor(documents), torch.ones(len(batch), 1))
     return sums / counts, [len(tokens) + special for tokens in tokenized]
@@ -256,7 +256,8 @@ def predict(
         pairs = [(document.text, document.text_pair) for _, document in sound if isinstance(document, Pair)]
         answers, lengths = classify_pairs(pairs, classifier, arguments)
     else:
-        answers, lengths = classify([document.text for _, document in sound], classifier, arguments)
+        texts = [document.text for _, document in sound]
+        answers, lengths = classify(texts, classifier, arguments.windows, arguments.per_device_eval_batch_tokens)
     for (row, _), scores, length in zip(sound, answers.tolist(), lengths):
         if length == classifier.tokenizer.num_special_tokens_to_add(pair=arguments.reads_pairs):
             row["error"] = "empty: it has no tokens"

@@ -12,6 +12,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import eval_classifier
+import predict
 from common import UserError
 from metrics import choose_metrics
 from tiny import WORDS, save_classifier
@@ -162,6 +163,55 @@ def test_two_models_on_the_same_rows(model, texts, tmp_path, capsys):
     eval_classifier.write_predictions(tmp_path / "other.csv", rows)
     with pytest.raises(UserError, match="the prediction 'tax', and the classes are"):
         judge(model, texts, tmp_path / "x", "--compare_with", tmp_path / "other.csv")
+
+
+def test_whole_texts_in_windows_are_judged_as_predict_answers(model, texts, tmp_path):
+    """The texts have up to 40 words, and the model reads 24 tokens."""
+    measured = judge(model, texts, tmp_path / "judged", "--windows", "true", "--per_device_eval_batch_size", 7)
+    rows = pd.read_csv(tmp_path / "judged" / "predictions.csv")
+    predict.main(
+        ["--model_name_or_path", str(model), "--input_file", str(texts), "--windows", "true"]
+        + ["--output_file", str(tmp_path / "answers.csv")]
+    )
+    answers = pd.read_csv(tmp_path / "answers.csv")
+    assert rows["prediction"].to_list() == answers["label"].to_list()
+    for name in LABELS:
+        np.testing.assert_allclose(rows[f"probability of {name}"], answers[name], atol=1e-5)
+    truth = pd.read_csv(texts)["label"]
+    assert measured["metrics"]["accuracy"]["value"] == pytest.approx((answers["label"] == truth).mean())
+    assert not rows["cut"].any() and not answers["cut"].any()
+    judge(model, texts, tmp_path / "cut")
+    cut = pd.read_csv(tmp_path / "cut" / "predictions.csv")
+    differ = (cut[f"probability of {LABELS[0]}"] - rows[f"probability of {LABELS[0]}"]).abs() > 1e-4
+    assert (differ == cut["cut"]).all() and 10 < differ.sum() < 50
+
+
+def test_windows_of_numbers_of_several_labels_and_of_pairs(model, texts, tmp_path):
+    frame = pd.read_csv(texts)
+    short = frame[frame["text"].str.split().str.len() < 9]
+    several = save_classifier(tmp_path / "several", LABELS, problem_type="multi_label_classification")
+    numbers = save_classifier(tmp_path / "numbers", ["value"], problem_type="regression")
+    for name, saved, labels, more in (
+        ("several", several, short["label"] + ";" + LABELS[1], ["--label_separator", ";"]),
+        ("numbers", numbers, short["text"].str.len() / 10, []),
+    ):
+        short.assign(label=labels).to_csv(tmp_path / f"{name}.csv", index=False)
+        # Texts of one window are no other in windows.
+        runs = [
+            judge(saved, tmp_path / f"{name}.csv", tmp_path / f"{name}{windows}", "--windows", windows, *more)
+            for windows in ("true", "false")
+        ]
+        judged = [measured["metrics"] for measured in runs]
+        assert judged[0].keys() == judged[1].keys()
+        for metric, value in judged[0].items():
+            assert value["value"] == pytest.approx(judged[1][metric]["value"], abs=1e-4)
+    frame.assign(other=frame["text"]).to_csv(tmp_path / "pairs.csv", index=False)
+    pairs = ["--windows", "true", "--text_column", "text", "other"]
+    with pytest.raises(UserError, match="--windows true divides one text, and these are pairs"):
+        judge(model, tmp_path / "pairs.csv", tmp_path / "pairs", *pairs)
+    frame.assign(text=["", *frame["text"][1:]]).to_csv(tmp_path / "empty.csv", index=False)
+    with pytest.raises(UserError, match="1 of 60 texts have no tokens"):
+        judge(model, tmp_path / "empty.csv", tmp_path / "empty", "--windows", "true")
 
 
 def test_numbers(texts, tmp_path):

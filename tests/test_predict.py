@@ -982,7 +982,7 @@ def test_memory_does_not_grow_with_the_documents(suffix, bert, tmp_path, monkeyp
     monkeypatch.setattr(answers, "CHUNK_CHARACTERS", 40_000)
     monkeypatch.setattr("documents.BLOCK", 2**13)
 
-    def no_answers(texts, classifier, arguments):
+    def no_answers(texts, *args):
         return torch.zeros(len(texts), len(LABELS)), [9] * len(texts)
 
     monkeypatch.setattr(predict, "classify", no_answers)
