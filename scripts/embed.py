@@ -15,7 +15,6 @@ number. The output appears when it is whole; `<output_file>.progress.json` stays
 A run that was killed goes on with --resume true and ends with the same bytes.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,9 +140,8 @@ def load_encoder(arguments: Arguments) -> Encoder:
 
 def configuration_of(model: "SentenceTransformer") -> str:
     """What the modules are, and how they are set."""
-    modules: list[Any] = list(model)
-    settings = [module.get_config_dict() if hasattr(module, "get_config_dict") else {} for module in modules]
-    return repr(model) + modules[0].auto_model.config.to_json_string() + json.dumps(settings, default=str)
+    encoder: Any = model[0]
+    return repr(model) + encoder.auto_model.config.to_json_string()
 
 
 @torch.inference_mode()

@@ -176,6 +176,7 @@ def test_outputs(suffix, model, documents, tmp_path, capsys):
         numbers = [number for row in rows[:-1] for number in row["embedding"]]
         assert all(float(str(np.float32(number))) == number for number in numbers)
         assert max(len(str(number)) for number in numbers) < 16
+        assert any(round(number, 6) != number for number in numbers)
     assert sorted(path.name for path in output.parent.iterdir()) == [output.name, f"{output.name}.progress.json"]
     printed = capsys.readouterr().out
     assert "3 of 10 (30.0%) have more than 24 tokens and were cut; --windows true reads all of them" in printed
