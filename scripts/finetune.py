@@ -457,7 +457,9 @@ def run(
     tokenizer.model_max_length = max_length
     save_model(accelerator, wrapped, tokenizer, output_dir)
     if accelerator.is_main_process:
-        write_json(output_dir / "training_args.json", all_arguments)
+        # The columns may have been found by their usual names.
+        reads_pairs = "text_pair" in examples["train"].column_names
+        write_json(output_dir / "training_args.json", all_arguments | {"reads_pairs": reads_pairs})
         finished = output_dir / "all_results.json"
         if arguments.results_file and not finished.exists():
             row = {

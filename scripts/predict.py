@@ -106,11 +106,12 @@ def read_pairs(inputs: Inputs) -> Iterator[Pair]:
 
 
 def trained_columns(name: str) -> list[str]:
-    """The columns that scripts/finetune.py was told to train a model on; [] where it does not say."""
+    """The columns that scripts/finetune.py trained a model on; [] where it does not say."""
     try:
         given = json.loads((Path(name) / "training_args.json").read_text(encoding="utf-8"))
         task = TASKS.get(given.get("task_name"))
-        return list(given.get("text_column") or (task.text_columns if task else []))
+        columns = list(given.get("text_column") or (task.text_columns if task else []))
+        return columns or ["text", "text_pair"] * bool(given.get("reads_pairs"))
     except (OSError, ValueError, AttributeError, TypeError):
         return []
 

@@ -162,7 +162,8 @@ def test_the_saved_folder_is_whole(trained):
     assert config["id2label"] == {"0": "cold", "1": "warm"} and config["label2id"] == {"cold": 0, "warm": 1}
     assert config["problem_type"] == "single_label_classification"
     assert "AutoModelForMaskedLM" in config["auto_map"]
-    assert json.loads((trained / "training_args.json").read_text())["learning_rate"] == 1e-2
+    settings = json.loads((trained / "training_args.json").read_text())
+    assert settings["learning_rate"] == 1e-2 and settings["reads_pairs"] is False
 
 
 @pytest.mark.parametrize("model", ["bert", "roberta"])
@@ -235,6 +236,8 @@ def test_pairs(options, tmp_path):
     files = ["--train_file", tmp_path / "pairs.parquet", "--validation_file", tmp_path / "pairs.parquet"]
     finetune.main(options(*files, "--config_overrides", "max_position_embeddings=64"))
     assert results(tmp_path / "out")["eval_accuracy"] >= 0.9
+    # So that scripts/predict.py does not answer one text of two.
+    assert json.loads((tmp_path / "out" / "training_args.json").read_text())["reads_pairs"] is True
 
 
 def test_real_documents_from_a_yaml_file(folder, tmp_path):

@@ -479,6 +479,7 @@ def test_a_model_of_pairs_answers_pairs_only(bert, table_of_pairs, documents, tm
     refused({"text_column": ["claim", "source"]}, documents, of_pairs.format("claim and source"))
     refused(None, path, of_pairs.format("claim and source"), "--text_column", "claim")
     refused({"text_column": None, "task_name": "mrpc"}, documents, of_pairs.format("sentence1 and sentence2"))
+    refused({"text_column": None, "reads_pairs": True}, documents, of_pairs.format("text and text_pair"))
     two = ["--text_column", "claim", "source"]
     refused({"task_name": "imdb"}, path, "model was fine-tuned on single texts, text: name one column", *two)
     # What says nothing of columns, or is no such file, refuses nothing.
