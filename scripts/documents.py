@@ -24,12 +24,12 @@ from common import FILE_TYPES, UserError, one_line, refuse_other_separators
 # Tried in this order where --text_column is not given: the names of GLUE and of the usual Hub data sets.
 TEXT_COLUMNS = [
     ["text"],
-    ["sentence"],
     ["sentence1", "sentence2"],
     ["premise", "hypothesis"],
     ["question", "sentence"],
 ]
-TEXT_COLUMNS += [["question1", "question2"], ["document"], ["content"], ["review"]]
+# A sentence alone comes after those that have a question beside them.
+TEXT_COLUMNS += [["question1", "question2"], ["sentence"], ["document"], ["content"], ["review"]]
 
 # Of one value in a csv or json file: more means a quote or a bracket that is never closed.
 LARGEST_VALUE = 2**27
