@@ -234,7 +234,7 @@ def test_pairs(options, tmp_path):
     rows.insert(0, "question", frame(192, seed=7)["text"][::2].sample(frac=1, random_state=0).to_list())
     rows.to_parquet(tmp_path / "pairs.parquet")
     files = ["--train_file", tmp_path / "pairs.parquet", "--validation_file", tmp_path / "pairs.parquet"]
-    finetune.main(options(*files, "--config_overrides", "max_position_embeddings=64"))
+    finetune.main(options(*files, "--config_overrides", "max_position_embeddings=64", "--num_train_epochs", 24))
     assert results(tmp_path / "out")["eval_accuracy"] >= 0.9
     # So that scripts/predict.py does not answer one text of two.
     assert json.loads((tmp_path / "out" / "training_args.json").read_text())["reads_pairs"] is True
