@@ -47,7 +47,7 @@ def draw(rows: Sequence[Row]) -> pyplot.Figure:
     tasks = list(dict.fromkeys(task for values in models.values() for task in values))
     if not tasks:
         raise UserError("no task has both a Linformer and its twin with the same seed")
-    figure, axis = pyplot.subplots(figsize=(max(6.5, 1.2 * len(tasks) + 4), 4.5))
+    figure, axis = pyplot.subplots(figsize=(max(6.5, 1.1 * len(tasks) + 4), 4))
     for number, (label, values) in enumerate(models.items()):
         offset = (number - (len(models) - 1) / 2) * 0.6 / len(models)
         places = [tasks.index(task) + offset for task in values]
