@@ -52,20 +52,20 @@ FROM_MODULES = set(
     functional.binary_cross_entropy_with_logits functional.cross_entropy functional.dropout functional.mse_loss
     functional.pad functional.softmax init.copy_ init.normal_ init.zeros_ math.inf nn.Buffer nn.Dropout nn.Embedding
     nn.LayerNorm nn.Linear nn.Module nn.ModuleList nn.Parameter torch.arange torch.as_tensor torch.bfloat16 torch.bool
-    torch.cat torch.compiler.is_exporting torch.device torch.div torch.dtype torch.empty torch.empty_like torch.float16
-    torch.float32 torch.full torch.iinfo torch.is_grad_enabled torch.matmul torch.minimum torch.no_grad
+    torch.cat torch.compiler.is_exporting torch.device torch.div torch.dtype torch.empty torch.float16 torch.float32
+    torch.full torch.iinfo torch.is_grad_enabled torch.long torch.matmul torch.minimum torch.no_grad
     torch.promote_types torch.tanh torch.tensor torch.where torch.zeros_like
     """.split()
 )
 # What is taken from tensors, texts, base classes and outputs.
 ATTRIBUTES = set(
     """
-    __init__ __name__ __post_init__ _attn_implementation _init_weights _replace all amax any argmax argsort attention
-    attentions chunk_size_feed_forward clamp count cumsum device dim dropout dtype expand expand_as flatten float
-    gather get get_interface hidden_states int is_floating_point join last_hidden_state log loss_function masked_fill
-    max mean min new_zeros norm num_labels numel out_features permute post_init problem_type register_for_auto_class
+    __init__ __name__ __post_init__ _attn_implementation _forward_hooks _forward_pre_hooks _init_weights _replace all
+    amax any argmax argsort attention attentions chunk_size_feed_forward clamp cumsum device dim dropout dtype expand
+    expand_as flatten float gather get get_interface hidden_states int is_floating_point join last_hidden_state log
+    loss_function masked_fill max mean min modules new_zeros norm num_labels numel out_features permute post_init problem_type register_for_auto_class
     reshape scatter_reduce setdefault shape split sqrt sum tensor_split to tolist training transpose type unbind
-    unflatten unique view warn_if_padding_and_no_attention_mask where
+    unflatten unique validate view warn_if_padding_and_no_attention_mask where
     """.split()
 )
 SPECIAL_NAMES = set(
