@@ -63,9 +63,9 @@ ATTRIBUTES = set(
     __init__ __name__ __post_init__ _attn_implementation _forward_hooks _forward_pre_hooks _init_weights _replace all
     amax any argmax argsort attention attentions chunk_size_feed_forward clamp cumsum device dim dropout dtype expand
     expand_as flatten float gather get get_interface hidden_states int is_floating_point join last_hidden_state log
-    loss_function masked_fill max mean min modules new_zeros norm num_labels numel out_features permute post_init problem_type register_for_auto_class
-    reshape scatter_reduce setdefault shape split sqrt sum tensor_split to tolist training transpose type unbind
-    unflatten unique validate view warn_if_padding_and_no_attention_mask where
+    loss_function masked_fill max mean min modules new_zeros norm num_labels numel out_features permute post_init
+    problem_type register_for_auto_class reshape scatter_reduce setdefault shape split sqrt sum tensor_split to tolist
+    training transpose type unbind unflatten unique validate view warn_if_padding_and_no_attention_mask where
     """.split()
 )
 SPECIAL_NAMES = set(
