@@ -74,8 +74,11 @@ def test_lengths_fall_into_powers_of_two():
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
     generator = np.random.default_rng(1)
-    compute = choose_metrics(2, is_checked=False)
     held = 0
+
+    def compute(predictions, labels):
+        return {"accuracy": float((predictions == labels).mean())}
+
     for seed in range(100):
         right = generator.random(80) < 0.7
         labels = generator.integers(0, 2, 80)
