@@ -18,25 +18,54 @@ measure() { # options of scripts/benchmark.py
     $python scripts/benchmark.py "${options[@]}"
 }
 
-twins=(roberta_sdpa roberta_sdpa_tiled roberta_eager)
-dtypes=(float32 bfloat16)
-if [[ $device == cuda ]]; then dtypes=(bfloat16); fi
+twins=(roberta_sdpa roberta_eager)
+ours=(linear mean_pool mean_pool:local_window=32)
+packages=(linformer_package linformer_pytorch_package)
 
-for dtype in "${dtypes[@]}"; do
-    for n in 512 1024 2048 4096 8192 16384 32768 65536; do
-        measure --lengths "$n" --dtype "$dtype"
-        measure --lengths "$n" --dtype "$dtype" --models linear "${twins[@]}" --projected_lengths 256 512
-        # Without the tiles that a layer is worked through in.
-        measure --lengths "$n" --dtype "$dtype" --models linear linear:inference_chunk_size=0 "${twins[@]:0:2}" \
-            mean_pool mean_pool:inference_chunk_size=0
+# bfloat16, forward: every model, then what grows with k, as in the paper's table.
+for n in 4096 512 8192 2048 1024; do
+    measure --lengths "$n" --dtype bfloat16
+    measure --lengths "$n" --dtype bfloat16 --models "${twins[@]}" "${ours[@]}" --projected_lengths 256 512
+done
+# Where full attention takes minutes a step: three steps at most of the others, and one of its own.
+measure --lengths 65536 --dtype bfloat16 --repeats 3 --models roberta_sdpa "${ours[@]}" --projected_lengths 128 256 512
+measure --lengths 16384 --dtype bfloat16 --repeats 3 --models "${twins[@]}" modernbert_sdpa longformer "${packages[@]}" \
+    "${ours[@]}" --projected_lengths 128 256 512
+measure --lengths 32768 --dtype bfloat16 --repeats 3 --models roberta_sdpa longformer "${packages[@]}" "${ours[@]}" \
+    --projected_lengths 128 256 512
+# One text at a time.
+for n in 512 1024 2048; do
+    measure --lengths "$n" --dtype bfloat16 --batch_size 1 --models "${twins[@]}" "${ours[@]}"
+done
+
+# float32, forward.
+if [[ $device == cpu ]]; then
+    for n in 512 4096; do measure --lengths "$n" --dtype float32 --repeats 3; done
+    for n in 1024 2048 8192; do
+        measure --lengths "$n" --dtype float32 --repeats 3 --models "${twins[@]}" roberta_sdpa_tiled "${packages[@]}" \
+            "${ours[@]}"
     done
-    for n in 512 1024 2048; do
-        measure --lengths "$n" --dtype "$dtype" --batch_size 1 --models linear mean_pool "${twins[@]}"
-    done
-    for n in 512 1024 2048 4096 8192; do
-        measure --lengths "$n" --dtype "$dtype" --mode training --models linear mean_pool mean_pool:local_window=32 \
-            "${twins[@]}" modernbert_sdpa longformer nystromformer linformer_package linformer_pytorch_package
-    done
+    measure --lengths 16384 --dtype float32 --repeats 3 --models roberta_sdpa "${ours[@]}"
+    measure --lengths 32768 65536 --dtype float32 --repeats 3 --models "${ours[@]}"
+fi
+
+# Training: every length, and what else there is at the two ends.
+for n in 512 4096; do
+    measure --lengths "$n" --dtype bfloat16 --mode training --repeats 3 --models "${twins[@]}" modernbert_sdpa \
+        longformer nystromformer "${packages[@]}" "${ours[@]}"
+    measure --lengths "$n" --dtype float32 --mode training --repeats 3 --models "${twins[@]}" "${ours[@]}"
+done
+for n in 1024 2048 8192; do
+    measure --lengths "$n" --dtype bfloat16 --mode training --repeats 3 --models "${twins[@]}" "${ours[@]}"
+done
+# A whole model of BERT's size over one long text.
+grep -qsF -e "--num_hidden_layers 12" "$results" || $python scripts/benchmark.py --lengths 65536 --dtype bfloat16 \
+    --num_hidden_layers 12 --models mean_pool mean_pool:local_window=32 --device "$device" --results_file "$results"
+# What the tiles do that a layer is worked through in, and E before the linears of keys and values in place of behind.
+for n in 512 4096; do
+    measure --lengths "$n" --dtype bfloat16 --models roberta_sdpa linear linear:projection_sharing=none \
+        linear:inference_chunk_size=0 mean_pool mean_pool:inference_chunk_size=0 mean_pool:local_window=32 \
+        mean_pool:local_window=32,inference_chunk_size=0
 done
 
 # What each option of training does to time and memory.
