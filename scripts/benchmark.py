@@ -35,68 +35,33 @@ from pathlib import Path
 from select import select
 from typing import Any
 
-import psutil
 import torch
 from tqdm.auto import tqdm
 
-from benchmark_models import Cell
-from benchmark_plan import Planned, cells_of_length, gib, plan_cell
-from common import UserError, append_results, format_table, parse_arguments, run_main
+from benchmark_plan import (
+    REFERENCE,
+    CellArguments,
+    Planned,
+    cells_of,
+    check_arguments,
+    columns_of,
+    free_memory,
+    gib,
+    plan_cell,
+)
+from common import append_results, format_table, parse_arguments, run_main
 from operations import measure_peak
 
 
 WORKER = Path(__file__).with_name("benchmark_worker.py")
-REFERENCE = "roberta_sdpa"
-MODELS = [
-    *("linear", "mean_pool", "max_pool", "convolution", "random"),
-    *("mean_pool:local_window=32", "mean_pool:local_window=64"),
-    *("roberta_eager", REFERENCE, "roberta_sdpa_tiled", "bert_sdpa", "modernbert_sdpa"),
-    *("longformer", "nystromformer", "linformer_package", "linformer_pytorch_package"),
-]
 # Left free when processes wait side by side.
 SPARE_BYTES = 2**30
 
 
 @dataclass
-class BenchmarkArguments:
-    """What is measured, and how."""
+class BenchmarkArguments(CellArguments):
+    """How it is measured."""
 
-    lengths: list[int] = field(
-        default_factory=lambda: [512, 1024, 2048, 4096, 8192, 16384, 32768, 65536],
-        metadata={"help": "Tokens a row, n; one column after the other."},
-    )
-    models: list[str] = field(
-        default_factory=lambda: list(MODELS), metadata={"help": "Families, or family:key=value,... (see above)."}
-    )
-    projected_lengths: list[int] = field(
-        default_factory=lambda: [128], metadata={"help": "Slots k, for the models that have them."}
-    )
-    mode: str = field(
-        default="forward",
-        metadata={"help": "A forward pass, or forward, backward and AdamW step.", "choices": ["forward", "training"]},
-    )
-    head: str = field(
-        default="none",
-        metadata={
-            "help": "none: the encoder, trained on the mean square of its output. masked_lm: the masked-LM head, with "
-            "labels at 15 %% of the tokens.",
-            "choices": ["none", "masked_lm"],
-        },
-    )
-    dtype: str = field(
-        default="float32",
-        metadata={
-            "help": "bfloat16: weights too in a forward pass, autocast of float32 weights in training.",
-            "choices": ["float32", "bfloat16"],
-        },
-    )
-    device: str | None = field(
-        default=None, metadata={"help": "Default: cuda if there is one, else cpu.", "choices": ["cpu", "cuda"]}
-    )
-    tokens_per_batch: int = field(
-        default=4096, metadata={"help": "The batch is so many tokens, and at least one row, at every length."}
-    )
-    batch_size: int | None = field(default=None, metadata={"help": "Instead: so many rows at every length."})
     repeats: int = field(default=5, metadata={"help": "Timed steps of each cell, taken in turn."})
     max_seconds: float = field(
         default=60.0, metadata={"help": "Fewer repeats, at least one, for a cell that would take longer in all."}
@@ -104,70 +69,11 @@ class BenchmarkArguments:
     max_wait_seconds: float = field(
         default=1800.0, metadata={"help": "A cell that takes longer to warm up or for a step is given up."}
     )
-    num_threads: int | None = field(
-        default=None, metadata={"help": "Threads. Default: torch's own, OMP_NUM_THREADS or one a core."}
-    )
     max_memory_gib: float | None = field(
         default=None, metadata={"help": "Memory to stay within, also of a GPU. Default: 90 %% of what is free."}
     )
-    vocab_size: int = field(default=32768, metadata={"help": "Entries of the vocabulary."})
-    hidden_size: int = field(default=768, metadata={"help": "Width of the hidden states."})
-    num_hidden_layers: int = field(
-        default=3,
-        metadata={
-            "help": "Number of layers; all have the same cost, but of every three of ModernBERT's one is global."
-        },
-    )
-    num_attention_heads: int = field(default=12, metadata={"help": "Number of heads."})
-    intermediate_size: int = field(default=3072, metadata={"help": "Width of the feed-forward layers."})
-    seed: int = field(default=42, metadata={"help": "Of weights and inputs."})
     dry_run: bool = field(default=False, metadata={"help": "List the cells, and those skipped with the reason."})
     results_file: str | None = field(default=None, metadata={"help": "Add a row for each cell to this CSV."})
-
-
-def check_arguments(arguments: BenchmarkArguments) -> None:
-    """Fills the defaults that depend on the machine, and refuses what cannot be measured."""
-    positive = ("tokens_per_batch", "batch_size", "repeats", "max_seconds", "max_wait_seconds", "num_threads")
-    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    for name in (*positive, *sizes, "max_memory_gib", "lengths", "projected_lengths"):
-        given = getattr(arguments, name)
-        for value in given if isinstance(given, list) else [given]:
-            if value is not None and value <= 0:
-                raise UserError(f"--{name} must be above 0, not {value}")
-    if arguments.hidden_size % arguments.num_attention_heads:
-        raise UserError(
-            f"--hidden_size {arguments.hidden_size} must be a multiple of --num_attention_heads "
-            f"{arguments.num_attention_heads}"
-        )
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU here; use --device cpu, or a CUDA build of torch")
-    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    arguments.num_threads = arguments.num_threads or torch.get_num_threads()
-
-
-def cells_of(arguments: BenchmarkArguments, n: int) -> list[Cell]:
-    common = Cell(
-        model="",
-        sequence_length=n,
-        batch_size=arguments.batch_size or max(1, arguments.tokens_per_batch // n),
-        mode=arguments.mode,
-        head=arguments.head,
-        dtype=arguments.dtype,
-        device=arguments.device or "cpu",
-        num_threads=arguments.num_threads or 1,
-        seed=arguments.seed,
-        vocab_size=arguments.vocab_size,
-        hidden_size=arguments.hidden_size,
-        num_hidden_layers=arguments.num_hidden_layers,
-        num_attention_heads=arguments.num_attention_heads,
-        intermediate_size=arguments.intermediate_size,
-    )
-    return cells_of_length(arguments.models, arguments.projected_lengths, common)
-
-
-def free_memory(device: str) -> int:
-    """Bytes that a new process could have."""
-    return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
 
 
 def memory_limit(arguments: BenchmarkArguments) -> int:
@@ -319,15 +225,11 @@ def result_row(
 ) -> dict[str, Any]:
     """A row of the CSV. Times in seconds, memory in MiB, operations in billions (1e9); empty where not measured."""
     cell = plan.cell
-    row: dict[str, Any] = asdict(cell) | {
-        "options": cell.name.partition(":")[2],
-        "base_dtype": arguments.dtype,
-        "tokens_per_batch": None if arguments.batch_size else arguments.tokens_per_batch,
+    row = columns_of(cell, arguments) | {
         "group": group,
         "skipped": worker.failure if worker else plan.skipped,
         "peak_gflops": peaks[cell.dtype] / 1e9,
     }
-    del row["seed"]
     known = worker.known if worker else {}
     row["parameters"] = known.get("parameters")
     row["gflop"] = known["operations"] / 1e9 if known else None

@@ -41,6 +41,15 @@ def make_inputs(cell: Cell) -> dict[str, Tensor]:
     return {name: tensor.to(cell.device) for name, tensor in inputs.items()}
 
 
+def ready_model(cell: Cell) -> nn.Module:
+    """The model on its device, in the mode and the precision that it is measured in."""
+    model = build_model(cell).to(cell.device)
+    if cell.mode == "training":
+        return model.train()
+    # The counter of operations hooks modules whose inputs require gradients, which inference mode cannot.
+    return model.to(cell.torch_dtype).requires_grad_(False)
+
+
 def make_step(model: nn.Module, inputs: dict[str, Tensor], cell: Cell) -> Callable[[], None]:
     """One forward pass, or one forward, backward and optimizer step. bfloat16 training is autocast of float32."""
 
@@ -117,12 +126,7 @@ def prepare(cell: Cell) -> tuple[dict[str, Any], Callable[[], None]]:
     """Builds the model and warms it up: what is known of the cell before it is timed, and the step to time."""
     torch.set_num_threads(cell.num_threads)
     torch.manual_seed(cell.seed)
-    model = build_model(cell).to(cell.device)
-    if cell.mode == "forward":
-        # The counter of operations hooks modules whose inputs require gradients, which inference mode cannot.
-        model = model.to(cell.torch_dtype).requires_grad_(False)
-    else:
-        model = model.train()
+    model = ready_model(cell)
     inputs = make_inputs(cell)
     step = make_step(model, inputs, cell)
     # The first step also makes all that is made once, such as the optimizer's state.

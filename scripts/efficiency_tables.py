@@ -1,4 +1,4 @@
-"""The tables of results/efficiency.csv: rows of the CSV to lines of Markdown, for scripts/make_tables.py.
+"""The tables of results/efficiency.csv and profile.csv: rows to lines of Markdown, for scripts/make_tables.py.
 
 Every ratio is between two rows of one run of scripts/benchmark.py, so of one machine at one time; where a run was
 divided into groups, of one group if it has both. Of cells measured more than once the fullest run counts.
@@ -338,3 +338,51 @@ def training_table(rows: list[Row]) -> list[str]:
             body.append(line)
         lines += ["", caption(setting[0]), "", *markdown(header, body), *not_measured(cells)]
     return [*lines[1:], *gpu_note(rows)]
+
+
+# The parts of scripts/profile_steps.py, as their columns are headed.
+PROFILE_PARTS = {
+    "softmax": "softmax",
+    "activation": "GELU",
+    "norm": "layer norm",
+    "elementwise": "sums",
+    "copies": "copies",
+    "optimizer": "AdamW",
+    "rest": "rest",
+}
+
+
+def profile_table(rows: list[Row]) -> list[str]:
+    """Where the time of a step goes, in per cent, and how near to the peak its products are."""
+    lines: list[str] = []
+    settings = [setting for mode in ("forward", "training") for setting in settings_of(rows, mode)]
+    for setting in settings:
+        parts = {part: name for part, name in PROFILE_PARTS.items() if any(share(row, part) for row in setting)}
+        header = ["n", "model", "k", "seconds", "were all products at the peak", "products", "fused attention"]
+        body = [
+            [
+                row["sequence_length"],
+                display_name(row),
+                row["projected_length"],
+                f"{float(row['seconds']):.3g}",
+                f"{(float(row['products_gflop']) + float(row['attention_gflop'])) / float(row['peak_gflops']):.3g}",
+                share_and_rate(row, "products"),
+                share_and_rate(row, "attention"),
+                *(f"{share(row, part):.0%}" for part in parts),
+            ]
+            for row in setting
+        ]
+        lines += ["", caption(setting[0]), "", *markdown([*header, *parts.values()], body)]
+    return [*lines[1:], *gpu_note(rows)]
+
+
+def share(row: Row, part: str) -> float:
+    return float(row[f"{part}_seconds"]) / float(row["seconds"])
+
+
+def share_and_rate(row: Row, part: str) -> str:
+    """The share of the time, and the operations a second as a fraction of the peak, e.g. `81% at 0.93`."""
+    if not float(row[f"{part}_gflop"]):
+        return "–"
+    rate = float(row[f"{part}_gflop"]) / float(row[f"{part}_seconds"])
+    return f"{share(row, part):.0%} at {rate / float(row['peak_gflops']):.2f}"

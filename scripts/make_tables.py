@@ -49,6 +49,7 @@ TABLES = {
     "peers": "efficiency_tables:peers_table",
     "training": "efficiency_tables:training_table",
     "cost": "efficiency_tables:cost_table",
+    "profile": "efficiency_tables:profile_table",
     "spectrum": "plot_spectrum:spectrum_table",
     "onnx": "onnx_table:onnx_table",
     "conversion": "conversion_table:conversion_table",

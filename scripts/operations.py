@@ -32,6 +32,11 @@ def measure_peak(
 
 def count_operations(step: Callable[[], Any]) -> int:
     """Floating-point operations of the matrix products of a step; a multiplication and an addition are two."""
+    return sum(operations_by_name(step).values())
+
+
+def operations_by_name(step: Callable[[], Any]) -> dict[str, int]:
+    """The same for each of torch's operators, such as `aten::addmm`."""
 
     def attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
         return sdpa_flop_count(query, key, value)
@@ -46,4 +51,5 @@ def count_operations(step: Callable[[], Any]) -> int:
     }
     with FlopCounterMode(display=False, custom_mapping=of_cpu) as counter:
         step()
-    return counter.get_total_flops()
+    of_all = counter.get_flop_counts()["Global"]
+    return {f"aten::{str(operator).rpartition('.')[2]}": count for operator, count in of_all.items()}

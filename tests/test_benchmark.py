@@ -1,4 +1,7 @@
-"""scripts/benchmark.py: real worker processes, what they count and measure, and what happens to those that fail."""
+"""scripts/benchmark.py: real worker processes, what they count and measure, and what happens to those that fail.
+
+And scripts/profile_steps.py, which measures the same cells.
+"""
 
 import csv
 import json
@@ -16,9 +19,11 @@ import benchmark
 import benchmark_models
 import benchmark_worker
 import operations
+import profile_steps
 from benchmark_models import BUILDERS, PACKAGES, Cell, build_model
 from benchmark_plan import Planned, cells_of_length, parse_entry, plan_cell
 from common import UserError
+from efficiency_tables import profile_table
 
 
 SIZES = {
@@ -398,3 +403,66 @@ def test_bad_arguments_are_refused(options, message):
 def test_a_gpu_that_is_not_there_is_refused():
     with pytest.raises(UserError, match="--device cuda: torch finds no GPU here"):
         benchmark.main(["--lengths", "128", "--device", "cuda", "--dry_run", "true"])
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory):
+    """The rows of a small profile."""
+    results = tmp_path_factory.mktemp("profile") / "profile.csv"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operations, "PRODUCTS", [(256, 256, 256)])
+        models = ["roberta_sdpa", "mean_pool:local_window=32"]
+        argv = ["--lengths", "128", "--models", *models, "--projected_lengths", "16", "--repeats", "2", *QUICK]
+        profile_steps.main([*argv, *SIZE_OPTIONS, "--results_file", str(results)])
+        training = ["--lengths", "128", "--models", "roberta_eager", "--mode", "training", "--repeats", "2", *QUICK]
+        profile_steps.main([*training, *SIZE_OPTIONS, "--results_file", str(results)])
+    with results.open(newline="", encoding="utf-8") as file:
+        return {row["model"]: row for row in csv.DictReader(file)}
+
+
+def test_a_profile_divides_the_whole_step(profiled):
+    for row in profiled.values():
+        parts = [float(row[f"{part}_seconds"]) for part in (*profile_steps.PARTS, "rest")]
+        # Operators that were counted twice, or of more steps than one, would leave less than nothing for the rest.
+        assert all(seconds >= 0 for seconds in parts) and parts[0] > 0
+        assert sum(parts) == pytest.approx(float(row["seconds"]), rel=1e-3)
+
+
+def test_a_profile_has_all_operations(profiled):
+    cells = {
+        "roberta_sdpa": tiny_cell("roberta_sdpa"),
+        "mean_pool": tiny_cell("mean_pool", options={"local_window": 32}),
+        "roberta_eager": tiny_cell("roberta_eager", mode="training"),
+    }
+    for model, cell in cells.items():
+        of_products, of_attention = (float(profiled[model][f"{part}_gflop"]) for part in ("products", "attention"))
+        assert (of_products + of_attention) * 1e9 == pytest.approx(operations_of(cell), rel=1e-4)
+        assert (of_attention > 0) == (model == "roberta_sdpa")
+        assert (float(profiled[model]["attention_seconds"]) > 0) == (model == "roberta_sdpa")
+        assert (float(profiled[model]["optimizer_seconds"]) > 0) == (model == "roberta_eager")
+
+
+def test_the_table_of_a_profile(profiled):
+    row = dict.fromkeys(profiled["mean_pool"], "") | profiled["mean_pool"]
+    seconds = {f"{part}_seconds": "0" for part in profile_steps.PARTS}
+    seconds |= {"products_seconds": "1.2", "softmax_seconds": "0.5", "rest_seconds": "0.3", "seconds": "2"}
+    row |= seconds | {"products_gflop": "90", "attention_gflop": "0", "peak_gflops": "100"}
+    header, _, line = profile_table([row])[2:5]
+    assert header.split(" | ")[3:] == [
+        *("seconds", "were all products at the peak", "products", "fused attention", "softmax", "rest |")
+    ]
+    # 90 of 100 billion a second would take 0.9 s; they took 1.2, which is at three quarters of the peak.
+    assert line.split(" | ")[3:] == ["2", "0.9", "60% at 0.75", "–", "25%", "15% |"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--models", "linear:compile=true"], "leave compile=true out"),
+        (["--models", "mean_pool", "--projected_lengths", "200"], "mean_pool at n = 128: .*200"),
+        (["--repeats", "0"], "--repeats must be above 0, not 0"),
+    ],
+)
+def test_what_cannot_be_profiled_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        profile_steps.main(["--lengths", "128", *QUICK, *SIZE_OPTIONS, *options])
