@@ -4,7 +4,7 @@ Every ratio is between two rows of one run of scripts/benchmark.py, so of one ma
 divided into groups, of one group if it has both. Of cells measured more than once the fullest run counts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
 Row = dict[str, str]
@@ -34,6 +34,8 @@ PAPER_MEMORY = {
     65536: {128: "60", 256: "52", 512: "40"},
 }
 PAPER_SLOTS = (128, 256, 512)
+
+LINFORMERS = ("linear", "mean_pool", "max_pool", "convolution", "random")
 
 NAMES = {
     "linear": "Linformer, linear",
@@ -194,25 +196,42 @@ def gpu_note(rows: Sequence[Row]) -> list[str]:
 
 
 def targets_table(rows: list[Row]) -> list[str]:
-    """How many times as fast as full attention, with k = 128, and how near to what the operations allow."""
+    """The paper's projection and the recommended one beside full attention, in the setting with the most lengths."""
+    settings = settings_of(rows, "forward")
+    fullest = max(settings, key=lambda setting: len({row["sequence_length"] for row in setting}))
+    return [*speedups([fullest], ("linear", "mean_pool:local_window=32")), *gpu_note(rows)]
+
+
+def speedups_table(rows: list[Row]) -> list[str]:
+    """The same in every setting, of every Linformer with 128 slots that has full attention beside it."""
+    ours = {entry_of(row) for row in rows if row["model"] in LINFORMERS}
+    return [*speedups(settings_of(rows, "forward"), ours), *gpu_note(rows)]
+
+
+def speedups(settings: Sequence[list[Row]], entries: Collection[str]) -> list[str]:
+    """How many times as fast as full attention, with k = 128, and what it could be at most.
+
+    By operations: if every operation took the same time. At the peak: if ours ran at the machine's fastest product.
+    """
     header = ["n", "model", "vs RoBERTa eager", "vs RoBERTa SDPA", "vs SDPA, tiled", "limit by operations"]
-    header += ["fraction of peak", "paper"]
+    header += ["limit at the peak", "vs `linformer`", "fraction of peak", "paper"]
     lines: list[str] = []
-    for setting in settings_of(rows, "forward"):
+    for setting in settings:
         cells, body = latest(setting), []
         chosen = {}
         for key, row in cells.items():
-            is_ours = row["model"] in ("linear", "mean_pool") and "local_window" not in row["options"]
-            if row["model"].startswith("roberta") or (is_ours and slots_of(row) == 128):
+            n, entry, k = key
+            is_ours = entry in entries and k == 128
+            if row["model"].startswith("roberta") or is_ours:
                 chosen[key] = row
-            if not is_ours or slots_of(row) != 128 or not is_measured(row):
-                continue
-            n = int(row["sequence_length"])
             # What is compiled is compared with what is compiled.
-            eager, sdpa, tiled = (
-                partner(row, setting, f"roberta_{name}" + (f":{row['options']}" if row["options"] else ""))
-                for name in ("eager", "sdpa", "sdpa_tiled")
+            compiled = ":compile=true" if "compile=true" in options_of(row) else ""
+            eager, sdpa, tiled, package = (
+                partner(row, setting, name + compiled)
+                for name in ("roberta_eager", "roberta_sdpa", "roberta_sdpa_tiled", "linformer_package")
             )
+            if not is_ours or not is_measured(row) or not (eager or sdpa):
+                continue
             body.append(
                 [
                     str(n),
@@ -221,13 +240,23 @@ def targets_table(rows: list[Row]) -> list[str]:
                     ratio(sdpa, row, "seconds_median"),
                     ratio(tiled, row, "seconds_median"),
                     ratio(sdpa, row, "gflop"),
+                    limit_at_the_peak(sdpa, row),
+                    ratio(package, row, "seconds_median"),
                     number(row["fraction_of_peak"], 2),
                     f"{PAPER_TIME[n][128]}x" if n in PAPER_TIME else "–",
                 ]
             )
         if body:
             lines += ["", caption(setting[0]), "", *markdown(header, body), *not_measured(chosen)]
-    return [*lines[1:], *gpu_note(rows)]
+    return lines[1:]
+
+
+def limit_at_the_peak(sdpa: Row | None, row: Row) -> str:
+    """How many times as fast as SDPA a row would be if all of its time were matrix products at the machine's peak."""
+    if sdpa is None:
+        return "–"
+    at_peak = {"seconds_median": str(float(row["gflop"]) / float(row["peak_gflops"]))}
+    return ratio(sdpa, at_peak, "seconds_median")
 
 
 def paper_table(rows: list[Row]) -> list[str]:

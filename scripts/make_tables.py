@@ -45,6 +45,7 @@ TABLES = {
     "finetuning": "make_tables:finetuning_table",
     "efficiency": "efficiency_tables:targets_table",
     "targets": "efficiency_tables:targets_table",
+    "speedups": "efficiency_tables:speedups_table",
     "paper": "efficiency_tables:paper_table",
     "peers": "efficiency_tables:peers_table",
     "training": "efficiency_tables:training_table",

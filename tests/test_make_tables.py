@@ -12,7 +12,7 @@ import plot_pretraining
 from common import UserError
 from conversion_table import conversion_table, shapes_table
 from downstream_table import downstream_table, scores_table
-from efficiency_tables import cost_table, paper_table, peers_table, targets_table, training_table
+from efficiency_tables import cost_table, paper_table, peers_table, speedups_table, targets_table, training_table
 from pretraining_table import pretraining_table
 
 
@@ -35,7 +35,7 @@ def cell(model: str, n: int, seconds: float | None, memory: float = 100.0, gflop
             "seconds_max": seconds and seconds * 2,
         },
         **{"tokens_per_second": seconds and max(n, 4096) / seconds, "peak_memory_mib": memory},
-        **{"fraction_of_peak": seconds and gflop / seconds / PEAK},
+        **{"fraction_of_peak": seconds and gflop / seconds / PEAK, "peak_gflops": PEAK},
     }
     if seconds is None:
         row |= {"skipped": "needs about 9 GiB", "peak_memory_mib": "", "gflop": ""}
@@ -66,6 +66,7 @@ def forward(tmp_path) -> list[dict[str, str]]:
         cell("linear", 4096, 1.0, memory=100, gflop=12.0),
         cell("linear", 4096, 1.25, memory=160, k=256),
         cell("mean_pool", 4096, 1.6, options="local_window=32"),
+        cell("linformer_package", 4096, 0.9, k=128),
         cell("roberta_sdpa", 65536, 400.0, memory=3000, gflop=500.0),
         cell("roberta_eager", 65536, None),
         cell("linear", 65536, 20.0, memory=3000, gflop=200.0),
@@ -74,11 +75,14 @@ def forward(tmp_path) -> list[dict[str, str]]:
 
 
 def test_targets(forward):
-    assert cells_of(targets_table(forward)) == [
-        ["4096", "Linformer, linear", "6.0x", "2.0x", "1.6x", "2.5x", "0.12", "3.4x"],
-        ["65536", "Linformer, linear", "–", "20x", "–", "2.5x", "0.10", "20x"],
-    ]
     lines = targets_table(forward)
+    assert cells_of(lines) == [
+        # 12 operations at 100 a second would take 0.12 s of the 2 s of SDPA.
+        ["4096", "Linformer, linear", "6.0x", "2.0x", "1.6x", "2.5x", "17x", "0.90x", "0.12", "3.4x"],
+        ["4096", "Linformer, mean_pool, `local_window=32`"]
+        + ["3.8x", "1.2x", "1.0x", "3.0x", "20x", "0.56x", "0.06", "3.4x"],
+        ["65536", "Linformer, linear", "–", "20x", "–", "2.5x", "200x", "–", "0.10", "20x"],
+    ]
     assert (
         lines[0]
         == "Forward pass, float32, on 2 threads (a CPU, 2 cores), batches of 4096 tokens, 3 layers of width 768:"
@@ -87,13 +91,30 @@ def test_targets(forward):
     assert "Not measured on a GPU" in lines[-1]
 
 
+def test_speedups_are_of_every_setting(tmp_path):
+    one_text = {"tokens_per_batch": "", "batch_size": 1}
+    rows = [cell("linear", 512, 1.0), cell("roberta_sdpa", 512, 2.0), cell("convolution", 512, 0.5, k=128)]
+    rows += [cell("linear", 512, 0.2, **one_text), cell("roberta_sdpa", 512, 0.3, **one_text)]
+    # Nothing to compare with, another k, and a peer.
+    rows += [cell("linear", 1024, 1.0), cell("linear", 512, 1.5, k=256), cell("longformer", 512, 9.0)]
+    rows = written(rows, tmp_path / "rows.csv")
+    lines = speedups_table(rows)
+    assert [line[:4] for line in cells_of(lines) if len(line) > 3 and line[0] == "512"] == [
+        ["512", "Linformer, linear", "–", "2.0x"],
+        ["512", "Linformer, convolution", "–", "4.0x"],
+        ["512", "Linformer, linear", "–", "1.5x"],
+    ]
+    assert not any(line.startswith("| 1024") for line in lines)
+    assert [line for line in targets_table(rows) if line.endswith(":")] == [lines[0]]
+
+
 def test_what_is_compiled_is_compared_with_what_is_compiled(tmp_path):
     compiled = {"options": "compile=true"}
     rows = [cell("roberta_sdpa", 4096, 2.0), cell("linear", 4096, 1.0), cell("linear", 4096, 0.8, **compiled)]
-    table = cells_of(targets_table(written(rows, tmp_path / "rows.csv")))
-    assert [line[3] for line in table] == ["2.0x", "–"]
+    table = cells_of(speedups_table(written(rows, tmp_path / "rows.csv")))
+    assert [line[3] for line in table] == ["2.0x"]
     rows.append(cell("roberta_sdpa", 4096, 1.2, **compiled))
-    table = cells_of(targets_table(written(rows, tmp_path / "rows.csv")))
+    table = cells_of(speedups_table(written(rows, tmp_path / "rows.csv")))
     assert [line[3] for line in table] == ["2.0x", "1.5x"]
 
 
@@ -110,8 +131,8 @@ def test_peers(forward):
     assert [line[:3] for line in body] == [
         *(["4096", "RoBERTa, SDPA", ""], ["4096", "RoBERTa, SDPA, tiled", ""], ["4096", "RoBERTa, eager", ""]),
         *(["4096", "Linformer, linear", "128"], ["4096", "Linformer, linear", "256"]),
-        *(["4096", "Linformer, mean_pool, `local_window=32`", "128"], ["65536", "RoBERTa, SDPA", ""]),
-        ["65536", "Linformer, linear", "128"],
+        *(["4096", "Linformer, mean_pool, `local_window=32`", "128"], ["4096", "package `linformer`", "128"]),
+        *(["65536", "RoBERTa, SDPA", ""], ["65536", "Linformer, linear", "128"]),
     ]
     assert body[2][3:] == ["6 (5.4 to 12)", "0.33x", "683", "1,500", "0.05"]
     assert "- RoBERTa, eager at n = 65536: needs about 9 GiB" in peers_table(forward)
@@ -167,7 +188,7 @@ def test_ratios_stay_within_a_run_and_a_group(tmp_path):
     ]
     assert cells_of(targets_table(written(rows, tmp_path / "rows.csv")))[0][3] == "3.0x"
     alone = [cell("linear", 512, 1.0, run_id="1"), cell("roberta_sdpa", 512, 2.0, run_id="2")]
-    assert cells_of(targets_table(written(alone, tmp_path / "rows.csv")))[0][3] == "–"
+    assert cells_of(targets_table(written(alone, tmp_path / "rows.csv"))) == []
 
 
 def test_the_latest_measurement_counts(tmp_path):
