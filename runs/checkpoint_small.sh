@@ -13,13 +13,15 @@ start=output/pretraining/$name-1-2000
 [[ -f $start/model.safetensors ]] ||
     RESULTS=$(mktemp) MODELS=$name STEPS=2000 bash runs/pretraining_study.sh "$data" 1
 run=output/pretraining/further-2-4000
+results=results/pretraining.csv
+if grep -qsF -e "--run_name further --seed 2 --max_train_steps 4000 " "$results"; then results=$(mktemp); fi
 [[ -f $run/model.safetensors ]] ||
     .venv/bin/python scripts/pretrain.py --run_name further --seed 2 --max_train_steps 4000 --model_name_or_path "$start" \
         --config_overrides hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0 \
         --train_file "$data/gutenberg/train.parquet" --validation_file "$data/gutenberg/validation.parquet" \
         --optim muon --learning_rate 2e-3 --mlm_probability 0.3 --eval_steps 500 --checkpointing_steps 200 \
         --mixed_precision bf16 --output_dir "$run" --resume_from_checkpoint last \
-        --results_file "${RESULTS:-results/pretraining.csv}"
+        --results_file "$results"
 .venv/bin/python - "$run" checkpoints/linformer-small <<'PYTHON'
 import json
 import sys

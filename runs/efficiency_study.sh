@@ -1,6 +1,7 @@
 #!/bin/bash
-# Time and memory against length, forward and training: results/efficiency.csv and its figure. Hours on two cores; run it
-# alone on the machine. A command whose rows are in the CSV is not repeated, so it goes on where it was ended.
+# Time and memory against length, forward and training: results/efficiency.csv and its figures, and where the time goes:
+# results/profile.csv. Two hours on two cores; run it alone on the machine. A command whose rows are in the CSV is not
+# repeated, so it goes on where it was ended.
 #     bash runs/efficiency_study.sh                  # on a CPU
 #     bash runs/efficiency_study.sh cuda             # on a GPU, in bfloat16, every length
 set -euo pipefail
@@ -53,14 +54,15 @@ fi
 for n in 512 4096; do
     measure --lengths "$n" --dtype bfloat16 --mode training --repeats 3 --models "${twins[@]}" modernbert_sdpa \
         longformer nystromformer "${packages[@]}" "${ours[@]}"
-    measure --lengths "$n" --dtype float32 --mode training --repeats 3 --models "${twins[@]}" "${ours[@]}"
+    [[ $device == cuda ]] ||
+        measure --lengths "$n" --dtype float32 --mode training --repeats 3 --models "${twins[@]}" "${ours[@]}"
 done
 for n in 1024 2048 8192; do
     measure --lengths "$n" --dtype bfloat16 --mode training --repeats 3 --models "${twins[@]}" "${ours[@]}"
 done
 # A whole model of BERT's size over one long text.
-grep -qsF -e "--num_hidden_layers 12" "$results" || $python scripts/benchmark.py --lengths 65536 --dtype bfloat16 \
-    --num_hidden_layers 12 --models mean_pool mean_pool:local_window=32 --device "$device" --results_file "$results"
+[[ $device == cuda ]] || layers=12 measure --lengths 65536 --dtype bfloat16 --repeats 1 --models mean_pool \
+    mean_pool:local_window=32
 # What the tiles do that a layer is worked through in, and E before the linears of keys and values in place of behind.
 for n in 512 4096; do
     measure --lengths "$n" --dtype bfloat16 --models roberta_sdpa linear linear:projection_sharing=none \
@@ -71,22 +73,26 @@ done
 # What each option of training does to time and memory.
 measure --lengths 4096 --mode training --head masked_lm --dtype bfloat16 --models roberta_sdpa mean_pool \
     mean_pool:dtype=float32 mean_pool:gradient_checkpointing=true mean_pool:sparse_prediction=true
-# At the sizes of runs/pretraining_study.sh.
-grep -qsF -e "--hidden_size 256" "$results" || $python scripts/benchmark.py --lengths 512 2048 --mode training \
-    --dtype bfloat16 --hidden_size 256 --num_hidden_layers 4 --num_attention_heads 4 --intermediate_size 1024 \
-    --models roberta_sdpa linear mean_pool mean_pool:local_window=32 --max_seconds 30 --device "$device" \
-    --results_file "$results"
-# What the bias of the pretraining study costs.
-grep -qsF -e "local_position_bias" "$results" || $python scripts/benchmark.py --lengths 512 2048 --mode training \
-    --dtype bfloat16 --hidden_size 256 --num_hidden_layers 4 --num_attention_heads 4 --intermediate_size 1024 \
-    --models roberta_sdpa mean_pool:local_window=32 mean_pool:local_window=32,local_position_bias=true \
-    --max_seconds 15 --device "$device" --results_file "$results"
+# At the sizes of runs/pretraining_study.sh, and what its bias costs.
+layers=4 measure --lengths 512 2048 --mode training --dtype bfloat16 --hidden_size 256 --num_attention_heads 4 \
+    --intermediate_size 1024 --max_seconds 30 \
+    --models roberta_sdpa "${ours[@]}" mean_pool:local_window=32,local_position_bias=true
 # Rows that two blocks of a window hold, and those that they do not.
 measure --lengths 64 --dtype bfloat16 --projected_lengths 32 --models roberta_sdpa mean_pool mean_pool:local_window=16 \
     mean_pool:local_window=32 mean_pool:local_window=64
 # What torch.compile does.
 measure --lengths 4096 --dtype bfloat16 --models roberta_sdpa linear mean_pool roberta_sdpa:compile=true linear:compile=true \
     mean_pool:compile=true
+
+# What bounds all of them: results/profile.csv.
+profile() { # options of scripts/profile_steps.py
+    local options=("$@" --dtype bfloat16 --num_hidden_layers "$layers" --device "$device")
+    options+=(--results_file results/profile.csv)
+    if grep -qsF -e "scripts/profile_steps.py ${options[*]}" results/profile.csv; then return; fi
+    $python scripts/profile_steps.py "${options[@]}"
+}
+profile --lengths 512 4096
+profile --lengths 512 4096 --mode training
 
 $python scripts/plot_efficiency.py --device "$device" --dtype bfloat16 --num_hidden_layers "$layers"
 # Few curves, for the head of the README.

@@ -259,15 +259,14 @@ def find_inputs(arguments: AnswerArguments, output: Output) -> Inputs:
     Raises `UserError` where there is nothing to read.
     """
     written = [path.resolve() for path in (output.path, output.part, output.record)]
-    text_columns: Sequence[str | None] = arguments.text_column or [None]
-    files = find_files(arguments.input_file, written, text_columns[0])
+    files = find_files(arguments.input_file, written, arguments.text_column or ())
     tables = {name: path for name, path in files.items() if path and kind_of(path) != ".txt"}
     for name in ("text_column", "id_column"):
         if getattr(arguments, name) is not None and not tables:
-            raise UserError(f"--{name} needs a table, and {' '.join(arguments.input_file)} holds plain text only")
+            raise UserError(f"--{name} needs a table, and {' '.join(arguments.input_file)} holds none that has it")
     columns = [
         {name: find_columns(name, path, column, arguments.id_column) for name, path in tables.items()}
-        for column in text_columns
+        for column in arguments.text_column or [None]
     ]
     return Inputs(files, columns)
 

@@ -142,6 +142,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
     logging.disable_progress_bar()
     model, tokenizer = load(arguments.model_name_or_path, arguments.trust_remote_code)
+    # What scripts/finetune.py says that it was trained on, if it says so.
+    if getattr(model.config, "reads_pairs", arguments.pairs) != arguments.pairs:
+        found = "single texts: leave --pairs out" if arguments.pairs else "pairs of texts: give --pairs"
+        raise UserError(f"{arguments.model_name_or_path} was fine-tuned on {found}")
     numbered = sound(read_texts(given))
     # Read as they are needed, so that a long standard input takes no more memory than a batch.
     while batch := list(islice(numbered, arguments.per_device_eval_batch_size)):

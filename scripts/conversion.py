@@ -233,6 +233,9 @@ def convert_config(source: PreTrainedConfig, family: Family, head: str, **change
         keys |= {name: getattr(source, name, None) for name in same}
     if getattr(source, "embedding_size", source.hidden_size) != source.hidden_size:
         keys["embedding_size"] = source.embedding_size
+    # What scripts/finetune.py says that a model was trained on.
+    if hasattr(source, "reads_pairs"):
+        keys["reads_pairs"] = source.reads_pairs
     return LinformerConfig(**keys | changes)
 
 

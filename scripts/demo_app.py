@@ -269,6 +269,7 @@ def load_demo(name: str) -> Demo:
         raise UserError(
             f"{error}; `make demo` trains one in demo/, and scripts/finetune.py one on texts of yours"
         ) from error
+    classifier.check_pairs(False, cure="the page reads one text; scripts/predict.py answers pairs")
     if classifier.model.config.model_type != "linformer":
         raise UserError(
             f"{name} is a {classifier.model.config.model_type} model, which has no slots to show; "

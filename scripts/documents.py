@@ -12,6 +12,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO, cast
 
@@ -34,6 +35,8 @@ TEXT_COLUMNS += [["question1", "question2"], ["sentence"], ["document"], ["conte
 # Of one value in a csv or json file: more means a quote or a bracket that is never closed.
 LARGEST_VALUE = 2**27
 BLOCK = 2**20
+# Of which the columns of a table are told: rows of json may leave some out.
+HEAD_ROWS = 20
 USUAL_TEXT_COLUMNS = [names[0] for names in TEXT_COLUMNS if len(names) == 1]
 READ_ERRORS = (OSError, EOFError, ValueError, RecursionError, zlib.error, csv.Error, pa.ArrowException)
 
@@ -52,21 +55,21 @@ def kind_of(path: Path) -> str:
 
 
 def is_output(path: Path) -> bool:
-    """Whether scripts/predict.py wrote this file, in this run or another."""
+    """Whether scripts/predict.py or embed.py wrote this file, in this run or another."""
     parts = (".progress.json", ".partial", ".partial.parquet")
     return path.name.endswith(parts) or path.with_name(path.name + ".progress.json").exists()
 
 
 def find_files(
-    given: Sequence[str], written: Container[Path], text_column: str | None = None
+    given: Sequence[str], written: Container[Path], text_columns: Sequence[str] = ()
 ) -> dict[str, Path | None]:
     """The files by the names they have in the output; None: standard input.
 
     written: files that are no input
-    text_column: the column of the text in tables, None: one of a usual name
-    What a folder holds beside documents is left out with a warning: files of other types, what scripts/predict.py
-    wrote, and tables without such a column. Raises `UserError` for a name that cannot be read and where nothing is
-    left.
+    text_columns: those of the text in tables, two for pairs; none: one of a usual name
+    What a folder holds beside documents is left out with a warning: files of other types, what scripts/predict.py and
+    embed.py wrote, and tables without these columns. Raises `UserError` for a name that cannot be read and where
+    nothing is left.
     """
     files: dict[str, Path | None] = {}
     others: Counter[str] = Counter()
@@ -85,7 +88,7 @@ def find_files(
                     outputs.append(str(inside))
                 elif kind_of(file) not in FILE_TYPES:
                     others[kind_of(file) or "no suffix"] += 1
-                elif kind_of(file) != ".txt" and not may_hold_text(file, text_column):
+                elif kind_of(file) != ".txt" and not may_hold_text(str(file), file, text_columns):
                     textless.append(str(inside))
                 else:
                     files[str(inside if len(given) == 1 else file)] = file
@@ -97,10 +100,10 @@ def find_files(
             raise UserError(f"--input_file {name} is what --output_file would replace")
         else:
             files[name] = path
-    known = text_column or " or ".join(USUAL_TEXT_COLUMNS)
+    known = " and ".join(text_columns) or " or ".join(USUAL_TEXT_COLUMNS)
     left_out = {
         "files of other types": [f"{count} of {suffix}" for suffix, count in others.most_common()],
-        "outputs of predict.py": outputs,
+        "outputs of predict.py and embed.py": outputs,
         f"tables without a column {known} (another is named with --text_column)": textless,
     }
     for what, names in left_out.items():
@@ -194,35 +197,42 @@ def rows_of(path: Path, columns: list[str] | None = None) -> Iterator[Any]:
     return {".jsonl": rows_of_lines, ".json": rows_of_json}.get(kind, rows_of_csv)(path)
 
 
-def first_row(path: Path) -> dict[str, Any] | None:
-    """The first row of a table that can be read, if there is one."""
+def head_of(path: Path) -> dict[str, Any]:
+    """The columns of the first rows of a table that can be read, each with a value; {} if there are none."""
+    head: dict[str, Any] = {}
     try:
-        return next((row for row in rows_of(path) if isinstance(row, dict)), None)
+        for row in islice((row for row in rows_of(path) if isinstance(row, dict)), HEAD_ROWS):
+            head |= {name: value for name, value in row.items() if head.get(name) is None}
     except READ_ERRORS:
-        return None
+        # What ends early has a head all the same; who reads the file reports it.
+        return head
+    return head
 
 
-def may_hold_text(path: Path, text_column: str | None) -> bool:
-    """Whether a table has the column, None: one of a usual name. One that cannot be read may, and is reported."""
-    row = first_row(path)
-    return row is None or any(name in row for name in ([text_column] if text_column else USUAL_TEXT_COLUMNS))
+def may_hold_text(name: str, path: Path, text_columns: Sequence[str]) -> bool:
+    """Whether a table has these columns, none: one of a usual name. One that cannot be read may, and is reported."""
+    head = head_of(path)
+    if not head:
+        return True
+    refuse_other_separators(list(head), name)
+    return head.keys() >= set(text_columns) if text_columns else any(name in head for name in USUAL_TEXT_COLUMNS)
 
 
 def find_columns(name: str, path: Path, text_column: str | None, id_column: str | None) -> list[str]:
-    """The column of the text and, if wanted, that of the id, by the first row; [] if no row can be read."""
-    row = first_row(path)
-    if row is None:
+    """The column of the text and, if wanted, that of the id, by the first rows; [] if none can be read."""
+    head = head_of(path)
+    if not head:
         return []
-    refuse_other_separators(list(row), name)
+    refuse_other_separators(list(head), name)
     given = [column for column in (text_column, id_column) if column is not None]
-    if unknown := [column for column in given if column not in row]:
-        raise UserError(f"{name} has no column {unknown[0]!r}; it has {list(row)}")
+    if unknown := [column for column in given if column not in head]:
+        raise UserError(f"{name} has no column {unknown[0]!r}; it has {list(head)}")
     if text_column is not None:
         return given
-    texts = [name for name in USUAL_TEXT_COLUMNS if name in row][:1]
-    texts = texts or [key for key in row if isinstance(row[key], (str, bytes)) and key != id_column]
+    texts = [name for name in USUAL_TEXT_COLUMNS if name in head][:1]
+    texts = texts or [key for key in head if isinstance(head[key], (str, bytes)) and key != id_column]
     if len(texts) != 1:
-        raise UserError(f"cannot tell which of {list(row)} of {name} holds the text; name it with --text_column")
+        raise UserError(f"cannot tell which of {list(head)} of {name} holds the text; name it with --text_column")
     return texts + given
 
 

@@ -39,7 +39,6 @@ from common import (
     UserError,
     append_result,
     format_table,
-    no_such_folder,
     one_line,
     parse_arguments,
     run_main,
@@ -299,6 +298,7 @@ def answer_in_windows(examples: Dataset, classifier: Classifier, batch_size: int
     means, lengths = classify(examples["text"][:], classifier, windows=True, batch_tokens=batch_tokens)
     if empty := lengths.count(classifier.tokenizer.num_special_tokens_to_add()):
         raise UserError(f"{empty} of {len(lengths)} texts have no tokens, and so no part to read: leave them out")
+    refuse_not_finite(means)
     labels = examples["label"][:]
     if classifier.problem_type == "regression":
         return means, np.array(labels, dtype=float)
@@ -310,19 +310,21 @@ def answer_in_windows(examples: Dataset, classifier: Classifier, batch_size: int
 
 def answer(examples: Dataset, classifier: Classifier, batch_size: int) -> tuple[torch.Tensor, np.ndarray]:
     """Logits (rows, labels) and labels (rows,) or (rows, labels), in the order of the data."""
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise UserError("eval_classifier.py runs in one process, on one device; start it without accelerate launch")
     label_ids = None if classifier.problem_type == "regression" else list(range(len(classifier.names)))
     tokenized = tokenize(DatasetDict(test=examples), classifier.tokenizer, classifier.max_length, label_ids, None)
     loader, order = longest_first(tokenized["test"], DataCollatorWithPadding(classifier.tokenizer), batch_size)
+    accelerator = Accelerator()
     model = accelerator.prepare_model(classifier.model, evaluation_mode=True)
     logits, labels = outputs_of(accelerator, model, accelerator.prepare(loader))
     assert labels is not None
-    if not logits.isfinite().all():
-        raise UserError(f"{(~logits.isfinite()).any(-1).sum()} of the model's answers are not finite numbers")
+    refuse_not_finite(logits)
     back = torch.from_numpy(np.argsort(order))
     return logits[back], labels[back].numpy()
+
+
+def refuse_not_finite(answers: torch.Tensor) -> None:
+    if not answers.isfinite().all():
+        raise UserError(f"{(~answers.isfinite()).any(-1).sum()} of the model's answers are not finite numbers")
 
 
 def with_interval(value: float, drawn: np.ndarray, confidence: float) -> dict[str, float]:
@@ -355,16 +357,17 @@ def print_results(results: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     data_arguments, arguments = parse_arguments((LabelledArguments, Arguments), argv, description=__doc__)
     check(data_arguments, arguments)
+    if Accelerator().num_processes > 1:
+        raise UserError("eval_classifier.py runs in one process, on one device; start it without accelerate launch")
     output_dir = Path(arguments.output_dir)
     started = time.perf_counter()
     name = arguments.model_name_or_path
-    try:
-        classifier = load_classifier(name, arguments.dtype, arguments.max_length, arguments.trust_remote_code)
-    except UserError as error:
-        raise UserError(f"{no_such_folder(name)}{error}") from error
+    classifier = load_classifier(name, arguments.dtype, arguments.max_length, arguments.trust_remote_code)
     several = classifier.problem_type == "multi_label_classification"
     names = None if classifier.problem_type == "regression" else classifier.names
     examples = load_labelled(data_arguments, names, several, arguments.seed)
+    are_pairs = "text_pair" in examples.column_names
+    classifier.check_pairs(are_pairs, cure=f"name {'one column' if are_pairs else 'two columns'} with --text_column")
     if empty := count_empty(examples):
         print(f"warning: {empty} of {len(examples)} texts are empty", file=sys.stderr)
     lengths = lengths_of(examples, classifier.tokenizer)

@@ -491,16 +491,24 @@ def _with_labels(dataset: Dataset, text_columns: Sequence[str], labels: list[Any
 
 
 def _hold_out(examples: Dataset, rows: int, is_classes: bool, seed: int) -> tuple[Dataset, Dataset]:
-    """The examples without so many rows, and these; each class gives its share wherever it has two rows at least."""
-    counts = Counter(examples["label"]) if is_classes else Counter()
-    if not counts or min(counts.values()) < 2 or min(rows, len(examples) - rows) < len(counts):
+    """The examples without so many rows, and these.
+
+    Each class gives its share; one of a single row gives none, so that it can be learned. Any rows are drawn where
+    there are more classes than rows to hold out, and of several labels and numbers.
+    """
+    labels = examples["label"][:] if is_classes else []
+    counts = Counter(labels)
+    single = [row for row, label in enumerate(labels) if counts[label] == 1]
+    several = [row for row, label in enumerate(labels) if counts[label] > 1]
+    classes = len(counts) - len(single)
+    if classes == 0 or min(rows, len(several) - rows) < classes:
         divided = examples.train_test_split(test_size=rows, seed=seed)
         return divided["train"], divided["test"]
     # `datasets` divides by a ClassLabel alone; the rows are divided by number, so that no text is copied.
     features = datasets.Features({"row": Value("int64"), "label": ClassLabel(num_classes=max(counts) + 1)})
-    numbered = Dataset.from_dict({"row": range(len(examples)), "label": examples["label"][:]}, features)
+    numbered = Dataset.from_dict({"row": several, "label": [labels[row] for row in several]}, features)
     divided = numbered.train_test_split(test_size=rows, seed=seed, stratify_by_column="label")
-    return examples.select(divided["train"]["row"]), examples.select(divided["test"]["row"])
+    return examples.select([*divided["train"]["row"], *single]), examples.select(divided["test"]["row"])
 
 
 def load_examples(arguments: DataArguments, seed: int) -> tuple[DatasetDict, list[str] | None]:

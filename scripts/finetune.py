@@ -453,13 +453,12 @@ def run(
         results["compressed_share_validation"] = float(np.mean(np.array(tokenized["validation"]["length"]) > exact))
     results |= {"parameters": model.num_parameters(), "seconds": progress.seconds}
     results["tokens_per_second"] = progress.tokens / progress.train_seconds
-    # Texts are cut where they were cut in training wherever the model is used.
+    # Wherever the model is used, it says whether it reads single texts, and cuts them where they were cut in training.
+    model.config.reads_pairs = "text_pair" in examples["train"].column_names
     tokenizer.model_max_length = max_length
     save_model(accelerator, wrapped, tokenizer, output_dir)
     if accelerator.is_main_process:
-        # The columns may have been found by their usual names.
-        reads_pairs = "text_pair" in examples["train"].column_names
-        write_json(output_dir / "training_args.json", all_arguments | {"reads_pairs": reads_pairs})
+        write_json(output_dir / "training_args.json", all_arguments)
         finished = output_dir / "all_results.json"
         if arguments.results_file and not finished.exists():
             row = {

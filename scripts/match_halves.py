@@ -106,7 +106,7 @@ class Halves(NamedTuple):
 
     first: str
     second: str
-    text: int
+    text_number: int
 
 
 def halves_of(texts: Iterable[str | None], arguments: Arguments) -> list[Halves]:
@@ -240,7 +240,7 @@ def read_ranks(path: Path, halves: Sequence[Halves]) -> np.ndarray:
             rows = list(csv.DictReader(file))
         ranks = np.array([[int(row["rank_of_first"]), int(row["rank_of_second"])] for row in rows])
         begun = [row["begins"] for row in rows]
-    except (OSError, ValueError, KeyError, csv.Error) as error:
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(f"--compare_with {path} is no --ranks_file of this script: {one_line(error)}") from error
     if begun != [beginning(pair) for pair in halves]:
         raise UserError(f"--compare_with {path} is of {len(rows)} other documents than these {len(halves)}")
@@ -276,9 +276,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments((Arguments,), argv, description=__doc__)
     check_arguments(arguments)
     halves = load_halves(arguments)
-    model, tokenizer, max_length = load_model(arguments)
-
     others = read_ranks(Path(arguments.compare_with), halves) if arguments.compare_with else None
+    model, tokenizer, max_length = load_model(arguments)
 
     texts = [pair.first for pair in halves] + [pair.second for pair in halves]
     rows = [rows_of(text, tokenizer, max_length) for text in tqdm(texts, desc="tokenizing")]
@@ -297,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "documents": len(halves),
         "tokens": tokens,
         "tokens_read": tokens_read,
-        **measure(ranks, others, np.array([pair.text for pair in halves]), arguments.seed),
+        **measure(ranks, others, np.array([pair.text_number for pair in halves]), arguments.seed),
         "seconds_per_document": seconds / len(halves),
     }
     print(format_table([row]))

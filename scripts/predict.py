@@ -17,7 +17,6 @@ number. The output appears when it is whole; `<output_file>.progress.json` stays
 A run that was killed goes on with --resume true and ends with the same bytes.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,9 +44,8 @@ from answers import (
     identity_of,
     write_answers,
 )
-from common import UserError, one_line, parse_arguments, run_main
+from common import UserError, no_such_folder, one_line, parse_arguments, run_main
 from documents import Document, count_documents, kind_of, read_documents
-from examples import TASKS
 from long_texts import (
     batches_of,
     check_tokenizer,
@@ -105,27 +103,9 @@ def read_pairs(inputs: Inputs) -> Iterator[Pair]:
             yield Pair(one.id, first.text, second.text, one.error)
 
 
-def trained_columns(name: str) -> list[str]:
-    """The columns that scripts/finetune.py trained a model on; [] where it does not say."""
-    try:
-        given = json.loads((Path(name) / "training_args.json").read_text(encoding="utf-8"))
-        task = TASKS.get(given.get("task_name"))
-        columns = list(given.get("text_column") or (task.text_columns if task else []))
-        return columns or ["text", "text_pair"] * bool(given.get("reads_pairs"))
-    except (OSError, ValueError, AttributeError, TypeError):
-        return []
-
-
 def check_columns(arguments: Arguments, files: Mapping[str, Path | None]) -> None:
-    """Raises `UserError` where a model would be given other texts than in training, and for pairs of no table."""
-    columns, name = arguments.text_column or [], arguments.model_name_or_path
-    trained = trained_columns(name)
-    if len(trained) == 2 and not arguments.reads_pairs:
-        raise UserError(
-            f"{name} was fine-tuned on pairs of texts, {' and '.join(trained)}: name two columns with --text_column"
-        )
-    if len(trained) == 1 and arguments.reads_pairs:
-        raise UserError(f"{name} was fine-tuned on single texts, {trained[0]}: name one column with --text_column")
+    """Raises `UserError` for more columns than a pair has, and for pairs of no table."""
+    columns = arguments.text_column or []
     if len(columns) > 2:
         raise UserError(f"--text_column takes one column, or two for pairs of texts, not {len(columns)}: {columns}")
     if not arguments.reads_pairs:
@@ -147,6 +127,14 @@ class Classifier(NamedTuple):
     max_length: int
     names: list[str]
     problem_type: str
+    # What scripts/finetune.py says that it was trained on; None: it does not say.
+    reads_pairs: bool | None = None
+
+    def check_pairs(self, are_pairs: bool, cure: str) -> None:
+        """Raises `UserError` where single texts are given to a model of pairs, or pairs to one of single texts."""
+        if self.reads_pairs not in (None, are_pairs):
+            trained = "pairs of texts" if self.reads_pairs else "single texts"
+            raise UserError(f"{self.model.name_or_path} was fine-tuned on {trained}: {cure}")
 
 
 def load_classifier(name: str, dtype: str, max_length: int | None, trust_remote_code: bool) -> Classifier:
@@ -158,7 +146,7 @@ def load_classifier(name: str, dtype: str, max_length: int | None, trust_remote_
         )
         tokenizer = AutoTokenizer.from_pretrained(name, **trust)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
-        raise UserError(f"cannot load the model {name}: {one_line(error)}") from error
+        raise UserError(f"{no_such_folder(name)}cannot load the model {name}: {one_line(error)}") from error
     if lost := sorted(report["missing_keys"]):
         raise UserError(
             f"{name} is no trained classifier: it lacks {len(lost)} weights of a {type(model).__name__}, such as "
@@ -170,7 +158,8 @@ def load_classifier(name: str, dtype: str, max_length: int | None, trust_remote_
     names = [str(id2label[index]) for index in range(len(id2label))]
     usual = "regression" if len(names) == 1 else "single_label_classification"
     model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    return Classifier(model, tokenizer, read, names, model.config.problem_type or usual)
+    reads_pairs = getattr(model.config, "reads_pairs", None)
+    return Classifier(model, tokenizer, read, names, model.config.problem_type or usual, reads_pairs)
 
 
 @torch.inference_mode()
@@ -290,6 +279,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     classifier = load_classifier(
         arguments.model_name_or_path, arguments.dtype, arguments.max_length, arguments.trust_remote_code
     )
+    number = "one column" if arguments.reads_pairs else "two columns"
+    classifier.check_pairs(arguments.reads_pairs, cure=f"name {number} with --text_column")
     special = classifier.tokenizer.num_special_tokens_to_add(pair=arguments.reads_pairs)
     if classifier.max_length <= special:
         raise UserError(f"--max_length is {classifier.max_length}, and {special} tokens of a pair are special ones")

@@ -36,7 +36,7 @@ def test_outputs_of_other_runs_are_no_documents(contracts, capsys):
     assert list(find_files([str(contracts)], [])) == ["a.txt", "b.jsonl"]
     assert capsys.readouterr().err == (
         "warning: files of other types are left out: 1 of .pdf\n"
-        f"warning: outputs of predict.py are left out: {', '.join(names)}\n"
+        f"warning: outputs of predict.py and embed.py are left out: {', '.join(names)}\n"
     )
     # The table of a run that has no record is a table like any other, and so is what was named.
     (contracts / "labels.csv.progress.json").unlink()
@@ -54,7 +54,7 @@ def test_a_table_in_a_folder_must_name_its_text(contracts, capsys):
         "warning: tables without a column text or sentence or document or content or review (another is named with "
         "--text_column) are left out: index.jsonl, letters.jsonl"
     )
-    assert list(find_files([str(contracts)], [], "letter")) == ["a.txt", "broken.json", "letters.jsonl"]
+    assert list(find_files([str(contracts)], [], ["letter"])) == ["a.txt", "broken.json", "letters.jsonl"]
     assert "tables without a column letter (" in capsys.readouterr().err
 
     # By name the only text is taken, and what cannot be told is an error.
@@ -63,6 +63,18 @@ def test_a_table_in_a_folder_must_name_its_text(contracts, capsys):
     assert find_columns("index", index, None, None) == ["file"]
     with pytest.raises(UserError, match=r"cannot tell which of \['from', 'letter'\] of letters holds the text"):
         find_columns("letters", both, None, None)
+
+
+def test_the_columns_of_a_table_are_those_of_its_first_rows(contracts):
+    late = write_rows(contracts / "late.jsonl", {"number": 1}, {"number": 2, "text": None}, {"text": "of the war"})
+    assert "late.jsonl" in find_files([str(contracts)], [])
+    assert find_columns("late", late, None, "number") == ["text", "number"]
+
+
+def test_a_table_of_pairs_in_a_folder_has_both_columns(contracts):
+    write_rows(contracts / "half.jsonl", {"claim": "of the war"})
+    write_rows(contracts / "whole.jsonl", {"claim": "of the war", "source": "of the court"})
+    assert list(find_files([str(contracts)], [], ["claim", "source"])) == ["a.txt", "whole.jsonl"]
 
 
 def test_a_folder_of_nothing_to_read_is_refused(tmp_path):
@@ -81,6 +93,9 @@ def test_tables_with_other_separators_are_refused(sign, word, tmp_path):
     message = f"has one column, .*: its values seem to stand between {word}; save it with commas"
     with pytest.raises(UserError, match=message):
         find_columns("contracts.csv", path, None, None)
+    (tmp_path / "a.txt").write_text("of the court")
+    with pytest.raises(UserError, match=message):
+        find_files([str(tmp_path)], [])
     with pytest.raises(UserError, match=message):
         load_examples(DataArguments(train_file=[str(path)], label_column="label"), seed=1)
     with pytest.raises(UserError, match=message):

@@ -37,7 +37,9 @@ from transformers import (
 
 import baseline
 import checkpointing
+import classify
 import common
+import eval_classifier
 import finetune
 import training
 from common import UserError
@@ -163,7 +165,7 @@ def test_the_saved_folder_is_whole(trained):
     assert config["problem_type"] == "single_label_classification"
     assert "AutoModelForMaskedLM" in config["auto_map"]
     settings = json.loads((trained / "training_args.json").read_text())
-    assert settings["learning_rate"] == 1e-2 and settings["reads_pairs"] is False
+    assert settings["learning_rate"] == 1e-2 and config["reads_pairs"] is False
 
 
 @pytest.mark.parametrize("model", ["bert", "roberta"])
@@ -236,8 +238,14 @@ def test_pairs(options, tmp_path):
     files = ["--train_file", tmp_path / "pairs.parquet", "--validation_file", tmp_path / "pairs.parquet"]
     finetune.main(options(*files, "--config_overrides", "max_position_embeddings=64", "--num_train_epochs", 24))
     assert results(tmp_path / "out")["eval_accuracy"] >= 0.9
-    # So that scripts/predict.py does not answer one text of two.
-    assert json.loads((tmp_path / "out" / "training_args.json").read_text())["reads_pairs"] is True
+    # Who uses the model is told, so that one text of two is not answered.
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["reads_pairs"] is True
+    judged = {"--model_name_or_path": tmp_path / "out", "--output_dir": tmp_path / "judged"}
+    judged |= {"--test_file": tmp_path / "pairs.parquet", "--text_column": "sentence"}
+    with pytest.raises(UserError, match="out was fine-tuned on pairs of texts: name two columns with --text_column"):
+        eval_classifier.main([str(word) for option in judged.items() for word in option])
+    with pytest.raises(UserError, match="out was fine-tuned on pairs of texts: give --pairs"):
+        classify.main(["--model_name_or_path", str(tmp_path / "out"), "a text"])
 
 
 def test_real_documents_from_a_yaml_file(folder, tmp_path):
@@ -798,7 +806,7 @@ def test_rows_are_held_out_by_class(tmp_path):
         texts = splits["train"]["text"][:] + splits["validation"]["text"][:]
         assert sorted(texts, key=int) == list(rows["text"])
         for row in [*splits["train"], *splits["validation"]] if isinstance(labels[0], str) else []:
-            assert labels[int(row["text"])] == ["rare", "usual"][row["label"]]
+            assert labels[int(row["text"])] == sorted(set(labels))[row["label"]]
         return splits["validation"]["text"][:], splits["validation"]["label"][:]
 
     labels = ["usual"] * 54 + ["rare"] * 6
@@ -806,10 +814,14 @@ def test_rows_are_held_out_by_class(tmp_path):
     assert all(sorted(ids) == [0] * 3 + [1] * 27 for _, ids in drawn)
     assert drawn[0] == held_out(labels, 0, validation_split_percentage=50) != drawn[1]
 
-    # Where a class cannot be divided, and for numbers, rows are drawn as they always were.
+    # What there is one of is learned, whatever the seed.
+    for seed in range(6):
+        assert held_out([*labels, "only"], seed, validation_split_percentage=50)[1].count(0) == 0
+
+    # Where there are more classes than rows to hold out, and of numbers, any rows are drawn.
     numbered = Dataset.from_dict({"text": [str(row) for row in range(20)]})
     as_before = numbered.train_test_split(test_size=2, seed=3)["test"]["text"][:]
-    for others in (["usual"] * 19 + ["rare"], [0.5, 1.5] * 10):
+    for others in (["a", "a", "b", "b", *"c" * 16], [0.5, 1.5] * 10):
         assert held_out(others, 3)[0] == as_before
 
 
@@ -1168,7 +1180,7 @@ def test_bad_options_are_refused(options, folder, tmp_path, given, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("script", ["finetune", "classify", "convert", "eval_classifier"])
+@pytest.mark.parametrize("script", ["finetune", "classify", "convert", "eval_classifier", "predict"])
 def test_a_folder_that_is_not_there_is_said_first(script, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
@@ -1177,6 +1189,7 @@ def test_a_folder_that_is_not_there_is_said_first(script, folder, tmp_path, monk
         "classify": ["a text"],
         "convert": ["--output_dir", "out"],
         "eval_classifier": ["--test_file", str(folder / "train.csv"), "--output_dir", "out"],
+        "predict": ["--input_file", str(folder / "train.csv"), "--output_file", "out.jsonl"],
     }
     for name in ("models/mistyped", "./mistyped", "output/mistyped", str(tmp_path / "mistyped")):
         with pytest.raises(UserError, match=f"^there is no folder {name}, nor a file; cannot .* {name}: "):

@@ -253,12 +253,15 @@ def test_ranks_are_kept_and_compared(bert, linformer, documents, tmp_path):
     assert of_first[8] == "" and of_second[8].startswith(f"{more:+.3f} (") and " to " in of_second[8]
 
     before = results.read_text()
+    short = tmp_path / "short.csv"
+    short.write_text("begins,rank_of_first,rank_of_second\nof the war\n")
     fewer = ["--max_eval_samples", "3", "--compare_with", str(ranks)]
     for options, message in [
         (["--ranks_file", str(ranks)], "ranks_file .*windows.csv is there"),
         (fewer, "windows.csv is of 8 other documents than these 3"),
         (["--compare_with", str(documents)], "documents.parquet is no --ranks_file of this script"),
         (["--compare_with", str(results)], "halves.csv is no --ranks_file of this script"),
+        (["--compare_with", str(short)], "short.csv is no --ranks_file of this script"),
     ]:
         with pytest.raises(UserError, match=message):
             run(ours, documents, results, *options)

@@ -468,30 +468,25 @@ def test_a_pair_lacks_an_answer_where_either_text_cannot_be_read(bert, tmp_path)
 def test_a_model_of_pairs_answers_pairs_only(bert, table_of_pairs, documents, tmp_path):
     path, _ = table_of_pairs
     folder = shutil.copytree(bert, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
 
-    def refused(trained: dict | str | None, given: Path, match: str, *more) -> None:
-        if trained is not None:
-            (folder / "training_args.json").write_text(json.dumps(trained))
+    def refused(reads_pairs: bool | None, given: Path, match: str, *more) -> None:
+        (folder / "config.json").write_text(json.dumps(config | {"reads_pairs": reads_pairs}))
         with pytest.raises(UserError, match=match):
             predict.main(options(folder, given, tmp_path / "refused.jsonl", *more))
 
-    of_pairs = "model was fine-tuned on pairs of texts, {}: name two columns with --text_column"
-    refused({"text_column": ["claim", "source"]}, documents, of_pairs.format("claim and source"))
-    refused(None, path, of_pairs.format("claim and source"), "--text_column", "claim")
-    refused({"text_column": None, "task_name": "mrpc"}, documents, of_pairs.format("sentence1 and sentence2"))
-    refused({"text_column": None, "reads_pairs": True}, documents, of_pairs.format("text and text_pair"))
     two = ["--text_column", "claim", "source"]
-    refused({"task_name": "imdb"}, path, "model was fine-tuned on single texts, text: name one column", *two)
-    # What says nothing of columns, or is no such file, refuses nothing.
-    for trained in ({"text_column": None, "task_name": None}, {"task_name": "other"}, {}, [], "mrpc"):
-        (folder / "training_args.json").write_text(json.dumps(trained))
-        run(folder, path, tmp_path / "out.jsonl", *two)
-    (folder / "training_args.json").write_text(json.dumps({"text_column": ["claim", "source"]}))
+    of_pairs = "model was fine-tuned on pairs of texts: name two columns with --text_column"
+    refused(True, documents, of_pairs)
+    refused(True, path, of_pairs, "--text_column", "claim")
     assert len(run(folder, path, tmp_path / "out.jsonl", *two)) == 11
+    refused(False, path, "model was fine-tuned on single texts: name one column with --text_column", *two)
+    assert len(run(folder, path, tmp_path / "out.jsonl", "--text_column", "claim")) == 11
+    # A model that says nothing answers both; the rest concerns any model.
     refused(None, path, "--windows divides a text, and --text_column names two", *two, "--windows", "true")
     refused(None, path, "--max_length is 3, and 3 tokens of a pair are special ones", *two, "--max_length", 3)
     refused(None, path, "pairs.parquet has no column 'body'", "--text_column", "claim", "body")
-    refused({}, path, "takes one column, or two for pairs of texts, not 3", *two, "n")
+    refused(None, path, "takes one column, or two for pairs of texts, not 3", *two, "n")
     texts = tmp_path / "texts"
     texts.mkdir()
     shutil.copy(path, texts)
@@ -1020,7 +1015,11 @@ def test_bad_input_is_refused(bert, documents, tmp_path):
         (tmp_path / "nowhere", [], "nowhere does not exist"),
         (tmp_path / "nothing", [], "nothing holds no file of"),
         (tmp_path / "notes.docx", [], "notes.docx is of unknown type '.docx'; known"),
-        (tmp_path / "a.txt", ["--text_column", "text"], "--text_column needs a table, and .*a.txt holds plain text"),
+        (
+            tmp_path / "a.txt",
+            ["--text_column", "text"],
+            "needs a table, and .*a.txt holds none that has it",
+        ),
         (tmp_path / "a.txt", ["--id_column", "id"], "--id_column needs a table"),
         (documents, ["--max_length", 2], "--max_length is 2, and .*bert reads 24 tokens at most, 2 of them special"),
         (documents, ["--max_length", 0], "--max_length must be at least 1, not 0"),
