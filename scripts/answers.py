@@ -291,10 +291,6 @@ def write_answers(
     answer: the rows of the output for some documents
     Raises `UserError` for other documents than the output was begun with, for none, and where none has an answer.
     """
-    if output.is_whole:
-        print(f"{output.path} is whole: there is nothing to do")
-        check_answered(output)
-        return
     digest, done = "", output.progress["documents"]
     for document in islice(documents, done):
         digest = digest_of(document, digest)
@@ -303,6 +299,15 @@ def write_answers(
             f"cannot resume {output.path}: the first {done:,} documents are not those that it was made of; begin "
             "again with --overwrite true"
         )
+    if output.is_whole:
+        if next(documents, None) is not None:
+            raise UserError(
+                f"{output.path} is whole, and there are more than its {done:,} documents now: answer the new ones "
+                "alone, or all again with --overwrite true"
+            )
+        print(f"{output.path} is whole: there is nothing to do")
+        check_answered(output)
+        return
     started = time.perf_counter()
     with tqdm(total=total, initial=done, unit=" documents") as bar:
         for chunk in grouped(documents, characters_of, CHUNK_CHARACTERS, arguments.chunk_size):

@@ -4,8 +4,8 @@
     python scripts/profile_steps.py --lengths 4096 --mode training --models roberta_sdpa mean_pool:local_window=32
 
 Entries of --models, sizes and inputs are those of scripts/benchmark.py. A cell is warmed up and then profiled for
---repeats steps. Of the matrix products, and of the fused attention that holds two of them, it also says how many
-operations a second they reach, beside the fastest product that torch does on this machine. The profiler takes time
+--repeats steps. Of the matrix products, and of the fused attention that holds two of them, it also says how near they
+come to the fastest product that torch does on this machine, in operations a second. The profiler takes time
 itself, so that seconds here are a little more than those of scripts/benchmark.py.
 """
 
@@ -84,12 +84,16 @@ def profile_cell(cell: Cell, arguments: ProfileArguments, peak: float) -> dict[s
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
-    """Shares of the time in per cent, for the terminal."""
+    """Shares of the time in per cent, for the terminal; of products with the fraction of the peak that they reach."""
     lines = []
     for row in rows:
         line = {"n": str(row["sequence_length"]), "model": row["model"], "options": row["options"]}
-        line |= {"seconds": row["seconds"]}
-        line |= {part: f"{row[f'{part}_seconds'] / row['seconds']:.1%}" for part in [*PARTS, "rest"]}
+        line |= {"k": row["projected_length"] or "", "seconds": row["seconds"]}
+        for part in [*PARTS, "rest"]:
+            seconds = row[f"{part}_seconds"]
+            line[part] = f"{seconds / row['seconds']:.1%}"
+            if operations := row.get(f"{part}_gflop"):
+                line[part] += f" at {operations / seconds / row['peak_gflops']:.2f}"
         lines.append(line)
     return format_table(lines)
 

@@ -421,11 +421,13 @@ def profiled(tmp_path_factory):
 
 
 def test_a_profile_divides_the_whole_step(profiled):
-    for row in profiled.values():
-        parts = [float(row[f"{part}_seconds"]) for part in (*profile_steps.PARTS, "rest")]
+    for model, row in profiled.items():
+        parts = {part: float(row[f"{part}_seconds"]) for part in (*profile_steps.PARTS, "rest")}
         # Operators that were counted twice, or of more steps than one, would leave less than nothing for the rest.
-        assert all(seconds >= 0 for seconds in parts) and parts[0] > 0
-        assert sum(parts) == pytest.approx(float(row["seconds"]), rel=1e-3)
+        assert all(seconds >= 0 for seconds in parts.values())
+        absent = {"roberta_sdpa": {"softmax", "optimizer"}, "mean_pool": {"attention", "optimizer"}}
+        expected = parts.keys() - absent.get(model, {"attention"})
+        assert {part for part, seconds in parts.items() if seconds} == expected
 
 
 def test_a_profile_has_all_operations(profiled):
@@ -438,8 +440,6 @@ def test_a_profile_has_all_operations(profiled):
         of_products, of_attention = (float(profiled[model][f"{part}_gflop"]) for part in ("products", "attention"))
         assert (of_products + of_attention) * 1e9 == pytest.approx(operations_of(cell), rel=1e-4)
         assert (of_attention > 0) == (model == "roberta_sdpa")
-        assert (float(profiled[model]["attention_seconds"]) > 0) == (model == "roberta_sdpa")
-        assert (float(profiled[model]["optimizer_seconds"]) > 0) == (model == "roberta_eager")
 
 
 def test_the_table_of_a_profile(profiled):

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -189,25 +191,32 @@ def test_whole_texts_in_windows_are_judged_as_predict_answers(model, texts, tmp_
     assert (differ == cut["cut"]).all() and 10 < differ.sum() < 50
 
 
-def test_windows_of_numbers_of_several_labels_and_of_pairs(model, texts, tmp_path):
+@pytest.mark.parametrize("kind", ["several labels", "numbers"])
+def test_other_answers_in_windows_are_those_of_predict_too(kind, texts, tmp_path):
     frame = pd.read_csv(texts)
-    short = frame[frame["text"].str.split().str.len() < 9]
-    several = save_classifier(tmp_path / "several", LABELS, problem_type="multi_label_classification")
-    numbers = save_classifier(tmp_path / "numbers", ["value"], problem_type="regression")
-    for name, saved, labels, more in (
-        ("several", several, short["label"] + ";" + LABELS[1], ["--label_separator", ";"]),
-        ("numbers", numbers, short["text"].str.len() / 10, []),
-    ):
-        short.assign(label=labels).to_csv(tmp_path / f"{name}.csv", index=False)
-        # Texts of one window are no other in windows.
-        runs = [
-            judge(saved, tmp_path / f"{name}.csv", tmp_path / f"{name}{windows}", "--windows", windows, *more)
-            for windows in ("true", "false")
-        ]
-        judged = [measured["metrics"] for measured in runs]
-        assert judged[0].keys() == judged[1].keys()
-        for metric, value in judged[0].items():
-            assert value["value"] == pytest.approx(judged[1][metric]["value"], abs=1e-4)
+    if kind == "several labels":
+        names, problem_type, more = LABELS, "multi_label_classification", ["--label_separator", ";"]
+        frame["label"] += ";" + LABELS[1]
+    else:
+        names, problem_type, more = ["value"], "regression", []
+        frame["label"] = frame["text"].str.len() / 10
+    saved = save_classifier(tmp_path / "model", names, problem_type=problem_type, initializer_range=0.6)
+    frame.to_csv(tmp_path / "texts.csv", index=False)
+    judge(saved, tmp_path / "texts.csv", tmp_path / "judged", "--windows", "true", *more)
+    rows = pd.read_csv(tmp_path / "judged" / "predictions.csv")
+    predict.main(
+        ["--model_name_or_path", str(saved), "--input_file", str(tmp_path / "texts.csv"), "--windows", "true"]
+        + ["--output_file", str(tmp_path / "answers.csv")]
+    )
+    answers = pd.read_csv(tmp_path / "answers.csv")
+    assert (rows["tokens"] > 24).sum() > 20
+    for name in names:
+        column = "prediction" if kind == "numbers" else f"probability of {name}"
+        np.testing.assert_allclose(rows[column].astype(float), answers[name], atol=1e-5)
+
+
+def test_windows_that_cannot_be_judged(model, texts, tmp_path):
+    frame = pd.read_csv(texts)
     frame.assign(other=frame["text"]).to_csv(tmp_path / "pairs.csv", index=False)
     pairs = ["--windows", "true", "--text_column", "text", "other"]
     with pytest.raises(UserError, match="--windows true divides one text, and these are pairs"):
@@ -215,6 +224,12 @@ def test_windows_of_numbers_of_several_labels_and_of_pairs(model, texts, tmp_pat
     frame.assign(text=["", *frame["text"][1:]]).to_csv(tmp_path / "empty.csv", index=False)
     with pytest.raises(UserError, match="1 of 60 texts have no tokens"):
         judge(model, tmp_path / "empty.csv", tmp_path / "empty", "--windows", "true")
+    broken = AutoModelForSequenceClassification.from_pretrained(shutil.copytree(model, tmp_path / "broken"))
+    torch.nn.init.constant_(broken.classifier.bias, math.nan)
+    broken.save_pretrained(tmp_path / "broken")
+    with pytest.raises(UserError, match="60 of the model's answers are not finite numbers"):
+        judge(tmp_path / "broken", texts, tmp_path / "nothing", "--windows", "true")
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_numbers(texts, tmp_path):

@@ -746,6 +746,15 @@ def test_output_is_never_replaced_unasked_nor_half(bert, documents, tmp_path, ca
     whole = output.read_bytes()
     predict.main(options(bert, documents, output, *again))
     assert "out.csv is whole: there is nothing to do" in capsys.readouterr().out
+    known = documents.read_text()
+    for changed, message in (
+        (known + '{"text": "new"}\n', "out.csv is whole, and there are more than its 6 documents now: answer the new"),
+        ('{"text": "new"}\n' + known, "cannot resume .*out.csv: the first 6 documents are not those"),
+    ):
+        documents.write_text(changed)
+        with pytest.raises(UserError, match=message):
+            predict.main(options(bert, documents, output, *again))
+    documents.write_text(known)
     with pytest.raises(UserError, match="cannot resume .*out.csv with other arguments: windows was True and is False"):
         predict.main(options(bert, documents, output, "--resume", "true"))
     # What a run leaves that began to replace it and was killed before it had written down that it began.
