@@ -73,6 +73,12 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def first_of(names: Sequence[str], most: int = 10, separator: str = ", ") -> str:
+    """The names on one line; of many the first, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more
+
+
 def no_such_folder(name: str) -> str:
     """How the message begins about a model that could not be loaded and was meant to be a local one; else nothing.
 

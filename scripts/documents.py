@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, TextIO, cast
 import pyarrow as pa
 from pyarrow import parquet
 
-from common import FILE_TYPES, UserError, one_line, refuse_other_separators
+from common import FILE_TYPES, UserError, first_of, one_line, refuse_other_separators
 
 
 # Tried in this order where --text_column is not given: the names of GLUE and of the usual Hub data sets.
@@ -108,8 +108,7 @@ def find_files(
     }
     for what, names in left_out.items():
         if names:
-            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-            print(f"warning: {what} are left out: {', '.join(names[:10])}{more}", file=sys.stderr)
+            print(f"warning: {what} are left out: {first_of(names)}", file=sys.stderr)
     if not files:
         raise UserError(f"--input_file {' '.join(given)} holds no file of {list(FILE_TYPES)} with text")
     return files

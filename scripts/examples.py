@@ -13,7 +13,7 @@ import datasets
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from common import TEXT_TYPES, UserError, load_data_files, one_line, refuse_other_separators
+from common import TEXT_TYPES, UserError, first_of, load_data_files, one_line, refuse_other_separators
 from documents import TEXT_COLUMNS, Document, kind_of, read_documents
 
 
@@ -223,19 +223,16 @@ def _load_folder(folder: Path) -> Dataset:
     if not found:
         raise UserError(f"{folder} holds no folder of .txt files for each class, such as {folder}/CLASS/FILE.txt")
     if others:
-        more = f" and {len(others) - 10} more" if len(others) > 10 else ""
         print(
-            f"warning: files of {folder} that are no .txt in a folder of a class are left out: "
-            f"{', '.join(others[:10])}{more}",
+            f"warning: files of {folder} that are no .txt in a folder of a class are left out: {first_of(others)}",
             file=sys.stderr,
         )
 
     documents: list[Document] = list(read_documents(found, {}))
     # Empty texts are counted with those of every other kind of file.
     if broken := [document for document in documents if document.error not in ("", "empty")]:
-        more = f"; and {len(broken) - 3} more" if len(broken) > 3 else ""
-        reasons = "; ".join(f"{document.id}: {document.error}" for document in broken[:3])
-        raise UserError(f"cannot read {len(broken)} of {len(documents)} files of {folder}: {reasons}{more}")
+        reasons = first_of([f"{document.id}: {document.error}" for document in broken], most=3, separator="; ")
+        raise UserError(f"cannot read {len(broken)} of {len(documents)} files of {folder}: {reasons}")
     return Dataset.from_dict(
         {
             "text": [document.text for document in documents],
@@ -303,8 +300,7 @@ def _column(dataset: Dataset, name: str) -> list[Any]:
 
 def _rows(values: Sequence[Any], wrong: Callable[[Any], bool]) -> str:
     """The numbers, from 1, of the rows whose value is wrong, the first ten of them; empty if there are none."""
-    rows = [str(row) for row, value in enumerate(values, start=1) if wrong(value)]
-    return ", ".join(rows[:10]) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
+    return first_of([str(row) for row, value in enumerate(values, start=1) if wrong(value)])
 
 
 def _checked(
@@ -473,8 +469,7 @@ def describe_classes(labels: Iterable[Any], label_names: Sequence[str]) -> tuple
     line += f" and {others} more classes" if others > 0 else ""
     odd = []
     if few := [label_names[label] for label, count in counts.items() if count < 2]:
-        more = f" and {len(few) - 10} more" if len(few) > 10 else ""
-        odd.append(f"there are fewer than 2 training rows of {', '.join(map(repr, few[:10]))}{more}")
+        odd.append(f"there are fewer than 2 training rows of {first_of(list(map(repr, few)))}")
     alike: dict[str, list[str]] = {}
     for name in label_names:
         alike.setdefault(" ".join(name.casefold().split()), []).append(name)
