@@ -276,6 +276,32 @@ def digest_of(document: Sequence[str], before: str) -> str:
     return hashlib.sha256("\0".join([before, *document]).encode()).hexdigest()
 
 
+def rows_of(
+    chunk: Sequence[Any],
+    answer: Callable[[list[Any]], tuple[Tensor, list[int]]],
+    columns_of: Callable[[Tensor], dict[str, Any]],
+    special: int,
+    limit: int | None,
+) -> list[dict[str, Any]]:
+    """A row of the output for each document: what `columns_of` makes of its answer, or why there is none.
+
+    answer: the answers to documents, (documents, numbers), and the tokens of each
+    special: the tokens of a text that has none of its own
+    limit: how many tokens are read, None: all
+    """
+    rows: list[dict[str, Any]] = [{"id": document.id, "error": document.error} for document in chunk]
+    sound = [(row, document) for row, document in zip(rows, chunk) if not document.error]
+    answers, lengths = answer([document for _, document in sound])
+    for (row, _), values, length in zip(sound, answers, lengths):
+        if length == special:
+            row["error"] = "empty: it has no tokens"
+        elif not values.isfinite().all():
+            row["error"] = "not finite: what the model answers"
+        else:
+            row |= columns_of(values) | {"tokens": length, "cut": limit is not None and length > limit}
+    return rows
+
+
 def write_answers(
     output: Output,
     documents: Iterator[Any],

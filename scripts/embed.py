@@ -38,10 +38,11 @@ from answers import (
     enough_memory,
     find_inputs,
     identity_of,
+    rows_of,
     write_answers,
 )
 from common import UserError, no_such_folder, one_line, parse_arguments, run_main
-from documents import Document, count_documents, read_documents
+from documents import count_documents, read_documents
 from long_texts import batches_of, check_tokenizer, parts_of, tokenize, tokens_read, with_special_tokens
 
 
@@ -194,21 +195,9 @@ def embed(texts: Sequence[str], encoder: Encoder, dimension: int, arguments: Arg
 # The output
 
 
-def rows_of(chunk: Sequence[Document], encoder: Encoder, dimension: int, arguments: Arguments) -> list[dict[str, Any]]:
-    """A row of the output for each document."""
-    rows: list[dict[str, Any]] = [{"id": document.id, "error": document.error} for document in chunk]
-    sound = [(row, document.text) for row, document in zip(rows, chunk) if not document.error]
-    embeddings, lengths = embed([text for _, text in sound], encoder, dimension, arguments)
-    for (row, _), embedding, length in zip(sound, embeddings.numpy(), lengths):
-        if length == encoder.around:
-            row["error"] = "empty: it has no tokens"
-        elif not np.isfinite(embedding).all():
-            row["error"] = "not finite: what the model answers"
-        else:
-            # The shortest number that float32 reads as the same.
-            row["embedding"] = [float(str(value)) for value in embedding]
-            row |= {"tokens": length, "cut": length > encoder.max_length and not arguments.windows}
-    return rows
+def columns_of(embedding: Tensor) -> dict[str, Any]:
+    # The shortest number that float32 reads as the same.
+    return {"embedding": [float(str(value)) for value in embedding.numpy()]}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -232,7 +221,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         output,
         read_documents(inputs.files, inputs.columns[0]),
         count_documents(inputs.files),
-        lambda chunk: rows_of(chunk, encoder, dimension, arguments),
+        lambda chunk: rows_of(
+            chunk,
+            lambda documents: embed([document.text for document in documents], encoder, dimension, arguments),
+            columns_of,
+            special=encoder.around,
+            limit=None if arguments.windows else encoder.max_length,
+        ),
         arguments,
         encoder.max_length,
     )

@@ -17,7 +17,6 @@ number. The output appears when it is whole; `<output_file>.progress.json` stays
 A run that was killed goes on with --resume true and ends with the same bytes.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +41,7 @@ from answers import (
     enough_memory,
     find_inputs,
     identity_of,
+    rows_of,
     write_answers,
 )
 from common import UserError, no_such_folder, one_line, parse_arguments, run_main
@@ -236,35 +236,37 @@ def schema_of(classifier: Classifier) -> tuple[pa.Schema, list[str]]:
     return pa.schema([("id", pa.string()), *labels, *answers, *rest]), columns
 
 
+def columns_of(answer: Tensor, classifier: Classifier, columns: Sequence[str], threshold: float) -> dict[str, Any]:
+    """What the output says of a document: its label or labels, and a number for each."""
+    # What float32 tells apart.
+    scores = [float(f"{score:.6g}") for score in answer.tolist()]
+    row: dict[str, Any] = dict(zip(columns, scores))
+    if classifier.problem_type == "single_label_classification":
+        best = int(answer.argmax())
+        row |= {"label": classifier.names[best], "score": scores[best]}
+    elif classifier.problem_type == "multi_label_classification":
+        row["label"] = [name for name, score in zip(classifier.names, scores) if score >= threshold]
+    return row
+
+
 def predict(
     chunk: Sequence[Document | Pair], classifier: Classifier, columns: Sequence[str], arguments: Arguments
 ) -> list[dict[str, Any]]:
     """A row of the output for each document."""
-    rows: list[dict[str, Any]] = [{"id": document.id, "error": document.error} for document in chunk]
-    sound = [(row, document) for row, document in zip(rows, chunk) if not document.error]
-    if arguments.reads_pairs:
-        pairs = [(document.text, document.text_pair) for _, document in sound if isinstance(document, Pair)]
-        answers, lengths = classify_pairs(pairs, classifier, arguments)
-    else:
-        texts = [document.text for _, document in sound]
-        answers, lengths = classify(texts, classifier, arguments.windows, arguments.per_device_eval_batch_tokens)
-    for (row, _), scores, length in zip(sound, answers.tolist(), lengths):
-        if length == classifier.tokenizer.num_special_tokens_to_add(pair=arguments.reads_pairs):
-            row["error"] = "empty: it has no tokens"
-            continue
-        if not all(map(math.isfinite, scores)):
-            row["error"] = "not finite: what the model answers"
-            continue
-        best = scores.index(max(scores))
-        # What float32 tells apart.
-        scores = [float(f"{score:.6g}") for score in scores]
-        if classifier.problem_type == "single_label_classification":
-            row |= {"label": classifier.names[best], "score": scores[best]}
-        elif classifier.problem_type == "multi_label_classification":
-            row["label"] = [name for name, score in zip(classifier.names, scores) if score >= arguments.threshold]
-        row |= zip(columns, scores)
-        row |= {"tokens": length, "cut": length > classifier.max_length and not arguments.windows}
-    return rows
+
+    def answer(documents: Sequence[Any]) -> tuple[Tensor, list[int]]:
+        if arguments.reads_pairs:
+            return classify_pairs([(pair.text, pair.text_pair) for pair in documents], classifier, arguments)
+        texts = [document.text for document in documents]
+        return classify(texts, classifier, arguments.windows, arguments.per_device_eval_batch_tokens)
+
+    return rows_of(
+        chunk,
+        answer,
+        lambda found: columns_of(found, classifier, columns, arguments.threshold),
+        classifier.tokenizer.num_special_tokens_to_add(pair=arguments.reads_pairs),
+        limit=None if arguments.windows else classifier.max_length,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
