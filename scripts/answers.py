@@ -45,7 +45,11 @@ class AnswerArguments:
     )
     output_file: str = field(metadata={"help": "A .jsonl or .parquet file."})
     text_column: list[str] | None = field(
-        default=None, metadata={"help": "Column that holds the text. Default: a usual name, or the only text."}
+        default=None,
+        metadata={
+            "help": "Column that holds the text. Default: one of a usual name or, of a table that is named itself, the "
+            "only text."
+        },
     )
     id_column: str | None = field(
         default=None, metadata={"help": "Column that names the documents. Default: file, or file:row."}

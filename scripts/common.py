@@ -185,6 +185,8 @@ def load_data_files(
     splits = DatasetDict()
     for split, given in data_files.items():
         paths = [given] if isinstance(given, str) else list(given)
+        if folders := [path for path in paths if Path(path).is_dir()]:
+            raise UserError(f"the {split} file {folders[0]} is a folder: name files in it, such as {folders[0]}/*.txt")
         types = {Path(path.removesuffix(".gz")).suffix.lower() for path in paths}
         if unknown := types - FILE_TYPES.keys():
             raise UserError(f"{split} file {paths} is of unknown type {sorted(unknown)}; known: {list(FILE_TYPES)}")

@@ -67,7 +67,8 @@ class Arguments:
         metadata={"help": "Read all of a long text, in even parts, as scripts/predict.py does with --windows."},
     )
     max_length: int | None = field(
-        default=None, metadata={"help": "Longer texts are cut to so many tokens. Default: all that the model reads."}
+        default=None,
+        metadata={"help": "Tokens of one pass, special ones included. Default: all that the model reads."},
     )
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Rows of one forward pass."})
     dtype: str = field(

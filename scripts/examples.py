@@ -116,7 +116,7 @@ class DataArguments:
     test_file: list[str] | None = field(default=None, metadata={"help": "The same for the test at the end."})
     text_column: list[str] | None = field(
         default=None,
-        metadata={"help": "One column, or two for pairs of texts. Default: a usual name, or the only text."},
+        metadata={"help": "One column, or two for pairs. Default: usual names, of pairs too, or the only text."},
     )
     label_column: str | None = field(default=None, metadata={"help": "Default: label, or labels."})
     label_separator: str | None = field(
@@ -158,7 +158,7 @@ class LabelledArguments:
     )
     text_column: list[str] | None = field(
         default=None,
-        metadata={"help": "One column, or two for pairs of texts. Default: a usual name, or the only text."},
+        metadata={"help": "One column, or two for pairs. Default: usual names, of pairs too, or the only text."},
     )
     label_column: str | None = field(default=None, metadata={"help": "Default: label, or labels."})
     label_separator: str | None = field(

@@ -122,7 +122,7 @@ class ExportArguments:
     )
     text_column: list[str] | None = field(
         default=None,
-        metadata={"help": "One column, or two for pairs of texts. Default: a usual name, or the only text."},
+        metadata={"help": "One column, or two for pairs. Default: usual names, of pairs too, or the only text."},
     )
     label_column: str | None = field(default=None, metadata={"help": "Default: label, or labels."})
     max_eval_samples: int | None = field(

@@ -67,7 +67,10 @@ class Arguments(AnswerArguments):
     output_file: str = field(metadata={"help": "A .csv, .jsonl or .parquet file."})
     text_column: list[str] | None = field(
         default=None,
-        metadata={"help": "One column, or two for pairs of texts. Default: a usual name, or the only text."},
+        metadata={
+            "help": "One column, or two for pairs of texts. Default: one of a usual name or, of a table that is named "
+            "itself, the only text."
+        },
     )
     windows: bool = field(
         default=False,
