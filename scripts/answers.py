@@ -47,7 +47,7 @@ class AnswerArguments:
     text_column: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Column that holds the text. Default: one of a usual name or, of a table that is named itself, the "
+            "help": "Column of the text. Default: one of a usual name or, of a table that is named itself, the "
             "only text."
         },
     )
