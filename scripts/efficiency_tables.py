@@ -54,7 +54,7 @@ NAMES = {
     "linformer_pytorch_package": "package `linformer-pytorch`",
 }
 # The short table: some lengths, and entries of --models with what they are to a reader who knows none of them.
-COST_LENGTHS = (4096, 16384, 32768)
+COST_LENGTHS = (4096, 16384, 65536)
 COST_ENTRIES = {
     "roberta_sdpa": "RoBERTa, full attention (SDPA): the twin",
     "modernbert_sdpa": "ModernBERT, SDPA",
