@@ -6,6 +6,8 @@ divided into groups, of one group if it has both. Of cells measured more than on
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
+
 
 Row = dict[str, str]
 # Length, entry of --models and k: what makes a cell within one setting.
@@ -63,6 +65,8 @@ COST_ENTRIES = {
     "mean_pool:local_window=32": "this Linformer, 128 means and a window of 3 x 32",
     "mean_pool": "this Linformer, 128 means alone",
 }
+# Shorter rows are mostly feed-forward layers, whose time does not depend on n.
+FIRST_OF_GROWTH = 1024
 # Columns of the CSV that rows share where they may stand in one table.
 SETTING = (
     *("mode", "head", "base_dtype", "device", "hardware", "num_threads", "tokens_per_batch", "num_hidden_layers"),
@@ -198,8 +202,29 @@ def gpu_note(rows: Sequence[Row]) -> list[str]:
 def targets_table(rows: list[Row]) -> list[str]:
     """The paper's projection and the recommended one beside full attention, in the setting with the most lengths."""
     entries = ("linear", "mean_pool:local_window=32")
-    tables = [speedups([setting], entries) for setting in settings_of(rows, "forward")]
+    settings = settings_of(rows, "forward")
+    tables = [[*speedups([setting], entries), *growth(setting, (*entries, "roberta_sdpa"))] for setting in settings]
     return [*max(tables, key=len, default=[]), *gpu_note(rows)]
+
+
+def growth(setting: Sequence[Row], entries: Collection[str]) -> list[str]:
+    """A line that says by which power of n the time of one text grows, from FIRST_OF_GROWTH tokens on."""
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    for (n, entry, k), row in latest(setting).items():
+        if entry in entries and k in (0, 128) and n >= FIRST_OF_GROWTH and is_measured(row):
+            lengths, seconds = curves.setdefault(display_name(row), ([], []))
+            lengths.append(n)
+            seconds.append(float(row["seconds_median"]) / int(row["batch_size"]))
+    powers = [(name, exponent(*curve), max(curve[0])) for name, curve in curves.items()]
+    found = [f"n^{power:.2f} to {last:,} ({name})" for name, power, last in powers if power is not None]
+    return ["", f"From {FIRST_OF_GROWTH:,} tokens on, time grows as {', '.join(found)}."] if found else []
+
+
+def exponent(lengths: Sequence[int], values: Sequence[float]) -> float | None:
+    """a of the power n^a that fits best; None for fewer than two lengths or values that are not there."""
+    if len(lengths) < 2 or not all(value > 0 for value in values):
+        return None
+    return float(np.polyfit(np.log(lengths), np.log(values), 1)[0])
 
 
 def speedups_table(rows: list[Row]) -> list[str]:

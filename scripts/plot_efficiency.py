@@ -10,10 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from common import ROOT, UserError, parse_arguments, run_main
-from efficiency_tables import Row, display_name, entry_of, is_measured, latest
+from efficiency_tables import Row, display_name, entry_of, exponent, is_measured, latest
 from figures import pyplot, save_figure
 from make_tables import read_rows
 
@@ -66,13 +64,6 @@ def curves_of(rows: Sequence[Row], arguments: Arguments) -> list[Curve]:
         seconds.append(float(row["seconds_median"]) / int(row["batch_size"]))
         memory.append(float(row["peak_memory_mib"] or "nan") / int(row["batch_size"]))
     return list(curves.values())
-
-
-def exponent(lengths: Sequence[int], values: Sequence[float]) -> float | None:
-    """a of the power n^a that fits best; None for fewer than two lengths or values that are not there."""
-    if len(lengths) < 2 or not all(value > 0 for value in values):
-        return None
-    return float(np.polyfit(np.log(lengths), np.log(values), 1)[0])
 
 
 def draw(curves: Sequence[Curve], title: str, output_file: Path) -> None:

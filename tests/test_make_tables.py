@@ -91,6 +91,18 @@ def test_targets(forward):
     assert "Not measured on a GPU" in lines[-1]
 
 
+def test_growth_with_length(tmp_path):
+    """Batches of 4,096 tokens: the seconds of a row are those of the batch by its rows."""
+    lengths = (512, 1024, 2048, 4096, 8192)
+    rows = [cell("linear", n, 1e-3 * max(n, 4096)) for n in lengths]
+    rows += [cell("roberta_sdpa", n, 1e-6 * n * max(n, 4096)) for n in lengths[:-1]]
+    rows += [cell("linear", 512, 9.0, run_id="2"), cell("linear", 8192, 9.0, k=256)]
+    (line,) = [line for line in targets_table(written(rows, tmp_path / "rows.csv")) if line.startswith("From")]
+    assert line == (
+        "From 1,024 tokens on, time grows as n^1.00 to 8,192 (Linformer, linear), n^2.00 to 4,096 (RoBERTa, SDPA)."
+    )
+
+
 def test_speedups_are_of_every_setting(tmp_path):
     one_text = {"tokens_per_batch": "", "batch_size": 1}
     rows = [cell("linear", 512, 1.0), cell("roberta_sdpa", 512, 2.0), cell("convolution", 512, 0.5, k=128)]
