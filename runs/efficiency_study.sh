@@ -47,7 +47,6 @@ if [[ $device == cpu ]]; then
             "${ours[@]}"
     done
     measure --lengths 16384 --dtype float32 --repeats 3 --models roberta_sdpa "${ours[@]}"
-    measure --lengths 32768 65536 --dtype float32 --repeats 3 --models "${ours[@]}"
 fi
 
 # Training: every length, and what else there is at the two ends.
@@ -60,9 +59,16 @@ done
 for n in 1024 2048 8192; do
     measure --lengths "$n" --dtype bfloat16 --mode training --repeats 3 --models "${twins[@]}" "${ours[@]}"
 done
-# A whole model of BERT's size over one long text.
-[[ $device == cuda ]] || layers=12 measure --lengths 65536 --dtype bfloat16 --repeats 1 --models mean_pool \
-    mean_pool:local_window=32
+# What bounds all of them: results/profile.csv.
+profile() { # options of scripts/profile_steps.py
+    local options=("$@" --dtype bfloat16 --num_hidden_layers "$layers" --device "$device")
+    options+=(--results_file results/profile.csv)
+    if grep -qsF -e "scripts/profile_steps.py ${options[*]}" results/profile.csv; then return; fi
+    $python scripts/profile_steps.py "${options[@]}"
+}
+profile --lengths 512 4096
+profile --lengths 512 4096 --mode training
+
 # What the tiles do that a layer is worked through in, and E before the linears of keys and values in place of behind.
 for n in 512 4096; do
     measure --lengths "$n" --dtype bfloat16 --models roberta_sdpa linear linear:projection_sharing=none \
@@ -73,6 +79,9 @@ done
 # What each option of training does to time and memory.
 measure --lengths 4096 --mode training --head masked_lm --dtype bfloat16 --models roberta_sdpa mean_pool \
     mean_pool:dtype=float32 mean_pool:gradient_checkpointing=true mean_pool:sparse_prediction=true
+# A whole model of BERT's size over one long text.
+[[ $device == cuda ]] || layers=12 measure --lengths 65536 --dtype bfloat16 --repeats 1 --models mean_pool \
+    mean_pool:local_window=32
 # At the sizes of runs/pretraining_study.sh, and what its bias costs.
 layers=4 measure --lengths 512 2048 --mode training --dtype bfloat16 --hidden_size 256 --num_attention_heads 4 \
     --intermediate_size 1024 --max_seconds 30 \
@@ -84,15 +93,9 @@ measure --lengths 64 --dtype bfloat16 --projected_lengths 32 --models roberta_sd
 measure --lengths 4096 --dtype bfloat16 --models roberta_sdpa linear mean_pool roberta_sdpa:compile=true linear:compile=true \
     mean_pool:compile=true
 
-# What bounds all of them: results/profile.csv.
-profile() { # options of scripts/profile_steps.py
-    local options=("$@" --dtype bfloat16 --num_hidden_layers "$layers" --device "$device")
-    options+=(--results_file results/profile.csv)
-    if grep -qsF -e "scripts/profile_steps.py ${options[*]}" results/profile.csv; then return; fi
-    $python scripts/profile_steps.py "${options[@]}"
-}
-profile --lengths 512 4096
-profile --lengths 512 4096 --mode training
+if [[ $device == cpu ]]; then
+    measure --lengths 32768 65536 --dtype float32 --repeats 3 --models "${ours[@]}"
+fi
 
 $python scripts/plot_efficiency.py --device "$device" --dtype bfloat16 --num_hidden_layers "$layers"
 # Few curves, for the head of the README.
