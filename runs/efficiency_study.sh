@@ -94,7 +94,7 @@ measure --lengths 4096 --dtype bfloat16 --models roberta_sdpa linear mean_pool r
     mean_pool:compile=true
 
 if [[ $device == cpu ]]; then
-    measure --lengths 32768 65536 --dtype float32 --repeats 3 --models "${ours[@]}"
+    for n in 32768 65536; do measure --lengths "$n" --dtype float32 --repeats 3 --models "${ours[@]}"; done
 fi
 
 $python scripts/plot_efficiency.py --device "$device" --dtype bfloat16 --num_hidden_layers "$layers"
