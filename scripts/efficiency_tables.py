@@ -346,10 +346,11 @@ def peers_table(rows: list[Row]) -> list[str]:
 def cost_table(rows: list[Row]) -> list[str]:
     """In short what one text of each length costs, in time and in memory: full attention, peers, ours.
 
-    A column is of one run, for the same machine is faster on one day than on another: of the run that has the most.
+    Of the setting that has the most. A column is of one run, for a machine is faster on one day than on another: of one
+    with full attention, if there is any, that has the most models.
     """
     header = ["model", *(f"{n:,} tokens" for n in COST_LENGTHS)]
-    lines: list[str] = []
+    tables: list[list[str]] = []
     for setting in settings_of(rows, "forward"):
         runs: dict[int, dict[str, dict[str, Row]]] = {n: {} for n in COST_LENGTHS}
         for row in setting:
@@ -357,15 +358,18 @@ def cost_table(rows: list[Row]) -> list[str]:
             is_shown = n in runs and entry in COST_ENTRIES and slots_of(row) in (0, 128)
             if is_shown and is_measured(row) and row["batch_size"] == "1":
                 runs[n].setdefault(row["run_id"], {})[entry] = row
-        columns = [max(of_length.values(), key=len, default={}) for of_length in runs.values()]
+        columns = [
+            max(of_length.values(), key=lambda run: ("roberta_sdpa" in run, len(run)), default={})
+            for of_length in runs.values()
+        ]
         body = [
             [name, *(cost_of(column.get(entry)) for column in columns)]
             for entry, name in COST_ENTRIES.items()
             if any(entry in column for column in columns)
         ]
         if body:
-            lines += ["", caption(setting[0], "one text"), "", *markdown(header, body)]
-    return lines[1:]
+            tables.append([caption(setting[0], "one text"), "", *markdown(header, body)])
+    return max(tables, key=len, default=[])
 
 
 def cost_of(row: Row | None) -> str:
@@ -373,7 +377,8 @@ def cost_of(row: Row | None) -> str:
     if row is None:
         return "–"
     memory = f", {float(row['peak_memory_mib']):,.0f} MiB" if row["peak_memory_mib"] else ""
-    return f"{float(row['seconds_median']):.2g} s{memory}"
+    seconds = float(row["seconds_median"])
+    return f"{seconds:.0f} s{memory}" if seconds >= 10 else f"{seconds:.2g} s{memory}"
 
 
 def training_table(rows: list[Row]) -> list[str]:
