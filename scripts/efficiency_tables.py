@@ -346,7 +346,7 @@ def peers_table(rows: list[Row]) -> list[str]:
 def cost_table(rows: list[Row]) -> list[str]:
     """In short what one text of each length costs, in time and in memory: full attention, peers, ours.
 
-    Of the setting that has the most. A column is of one run, for a machine is faster on one day than on another: of one
+    Of the setting that has the most. A column is of one run, for machines are faster on some days: of one
     with full attention, if there is any, that has the most models.
     """
     header = ["model", *(f"{n:,} tokens" for n in COST_LENGTHS)]
