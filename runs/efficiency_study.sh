@@ -76,6 +76,11 @@ for n in 512 4096; do
         mean_pool:local_window=32,inference_chunk_size=0
 done
 
+# How large the tiles should be.
+w=mean_pool:local_window=32
+measure --lengths 4096 --dtype bfloat16 --models roberta_sdpa "$w" "$w,inference_chunk_size=1024" \
+    "$w,inference_chunk_size=2048" "$w,inference_chunk_size=0" linear:inference_chunk_size=1024 linear
+
 # What each option of training does to time and memory.
 measure --lengths 4096 --mode training --head masked_lm --dtype bfloat16 --models roberta_sdpa mean_pool \
     mean_pool:dtype=float32 mean_pool:gradient_checkpointing=true mean_pool:sparse_prediction=true
