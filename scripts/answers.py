@@ -268,9 +268,10 @@ def find_inputs(arguments: AnswerArguments, output: Output) -> Inputs:
     for name in ("text_column", "id_column"):
         if getattr(arguments, name) is not None and not tables:
             raise UserError(f"--{name} needs a table, and {' '.join(arguments.input_file)} holds none that has it")
+    text_columns: Sequence[str | None] = arguments.text_column or [None]
     columns = [
         {name: find_columns(name, path, column, arguments.id_column) for name, path in tables.items()}
-        for column in arguments.text_column or [None]
+        for column in text_columns
     ]
     return Inputs(files, columns)
 

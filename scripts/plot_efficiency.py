@@ -6,6 +6,7 @@ Both are divided by the rows of the batch, so that they are what one text of n t
 power of n each model grows, the slope of a straight line through its points in the logarithms.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +53,7 @@ def is_drawn(row: Row, arguments: Arguments) -> bool:
         return False
     if arguments.models is not None:
         return entry_of(row) in arguments.models
-    return not row["options"] or row["options"].startswith("local_window")
+    return re.fullmatch(r"(local_window=\d+)?", row["options"]) is not None
 
 
 def curves_of(rows: Sequence[Row], arguments: Arguments) -> list[Curve]:
@@ -67,7 +68,7 @@ def curves_of(rows: Sequence[Row], arguments: Arguments) -> list[Curve]:
 
 
 def draw(curves: Sequence[Curve], title: str, output_file: Path) -> None:
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 6), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 7), layout="constrained")
     colors = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
     for panel, (axis, label) in enumerate(zip(axes, ("seconds a row", "peak memory a row, MiB"))):
         for index, (name, lengths, *values) in enumerate(curves):
@@ -77,7 +78,7 @@ def draw(curves: Sequence[Curve], title: str, output_file: Path) -> None:
             axis.plot(lengths, values[panel], style, color=colors[index % len(colors)], label=fitted, markersize=4)
         axis.set(xscale="log", yscale="log", xlabel="n, tokens a row", ylabel=label)
         axis.set_xscale("log", base=2)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
         axis.grid(alpha=0.3)
     figure.suptitle(title)
     save_figure(figure, output_file)

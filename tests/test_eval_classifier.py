@@ -225,7 +225,7 @@ def test_windows_that_cannot_be_judged(model, texts, tmp_path):
     with pytest.raises(UserError, match="1 of 60 texts have no tokens"):
         judge(model, tmp_path / "empty.csv", tmp_path / "empty", "--windows", "true")
     broken = AutoModelForSequenceClassification.from_pretrained(shutil.copytree(model, tmp_path / "broken"))
-    torch.nn.init.constant_(broken.classifier.bias, math.nan)
+    torch.nn.init.constant_(broken.classifier.output.bias, math.nan)
     broken.save_pretrained(tmp_path / "broken")
     with pytest.raises(UserError, match="60 of the model's answers are not finite numbers"):
         judge(tmp_path / "broken", texts, tmp_path / "nothing", "--windows", "true")

@@ -748,8 +748,11 @@ def test_output_is_never_replaced_unasked_nor_half(bert, documents, tmp_path, ca
     assert "out.csv is whole: there is nothing to do" in capsys.readouterr().out
     known = documents.read_text()
     for changed, message in (
-        (known + '{"text": "new"}\n', "out.csv is whole, and there are more than its 6 documents now: answer the new"),
-        ('{"text": "new"}\n' + known, "cannot resume .*out.csv: the first 6 documents are not those"),
+        (
+            known + '{"text": "new"}\n',
+            "out.csv is whole, and there are more than its 10 documents now: answer the new",
+        ),
+        ('{"text": "new"}\n' + known, "cannot resume .*out.csv: the first 10 documents are not those"),
     ):
         documents.write_text(changed)
         with pytest.raises(UserError, match=message):
