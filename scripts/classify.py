@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.disable_progress_bar()
     model, tokenizer = load(arguments.model_name_or_path, arguments.trust_remote_code)
     # What scripts/finetune.py says that it was trained on, if it says so.
-    if getattr(model.config, "reads_pairs", arguments.pairs) != arguments.pairs:
+    if getattr(model.config, "reads_pairs", None) not in (None, arguments.pairs):
         found = "single texts: leave --pairs out" if arguments.pairs else "pairs of texts: give --pairs"
         raise UserError(f"{arguments.model_name_or_path} was fine-tuned on {found}")
     numbered = sound(read_texts(given))
