@@ -61,7 +61,7 @@ from .configuration_linformer import LinformerConfig
 
 
 class Tile(NamedTuple):
-    """The tokens start ... end - 1, in rank order, of some rows: few enough to stay in the processor's cache."""
+    """The tokens start ... end - 1, in rank order, of some rows: few, so that a layer needs little memory."""
 
     rows: slice
     start: int
@@ -1058,7 +1058,7 @@ class LinformerModel(LinformerPreTrainedModel):
         """The tiles that layers are worked through in where nothing needs the whole: no gradient, no attentions."""
         size = self.config.inference_chunk_size
         if size is None:
-            # What stays in a CPU's cache, and what keeps a GPU busy.
+            # The fewest that cost a CPU no time, and what keeps a GPU busy.
             size = 512 if device.type == "cpu" else 16384
         needs_whole = torch.is_grad_enabled() or self.config._attn_implementation == "eager"
         if size == 0 or needs_whole or is_tracing(layout.lengths) or B * N <= size:

@@ -95,7 +95,7 @@ class LinformerConfig(PreTrainedConfig):
             be trained on long texts while short ones stay as they are. For `mean_pool` with one k a layer.
         sparse_prediction (`bool`, defaults to `False`): Masked-LM logits only where labels are set.
         inference_chunk_size (`int`, *optional*): So many tokens go through a layer at a time where no gradient is
-            needed, which bounds the memory and is faster on CPUs; the results are the same. 512 on CPUs and 16,384
+            needed, which bounds the memory and costs no time; the results are the same. 512 on CPUs and 16,384
             elsewhere if not given; 0 takes all at once. Forward hooks on what is inside a layer's attention, or on its
             feed-forward layers, then see one tile after the other; with one on the attention itself none are made.
 
